@@ -1,0 +1,58 @@
+"""Visual embeddings that the drafter keeps by item, because vLLM strips pixels that a prefix hit covers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class KeptEmbeddings:
+    """What the drafter sees of one image or video.
+
+    `indices [num_kept]` (int64, on the host) count among the item's embeddings; `embeddings [num_kept, width]` are the
+    drafter's own, where `width` is its hidden size or, with deepstack levels, a multiple of it.
+    """
+
+    indices: torch.Tensor
+    embeddings: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.embeddings.nbytes + self.indices.nbytes
+
+
+class EmbeddingCache:
+    """Least-recently-used cache of `KeptEmbeddings` by item identifier, bounded in bytes."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._items: OrderedDict[str, KeptEmbeddings] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def get(self, identifier: str) -> KeptEmbeddings | None:
+        item = self._items.get(identifier)
+        if item is not None:
+            self._items.move_to_end(identifier)
+        return item
+
+    def put(self, identifier: str, item: KeptEmbeddings) -> None:
+        """Store `item`; an item larger than the whole bound is not kept."""
+        if (old := self._items.pop(identifier, None)) is not None:
+            self.num_bytes -= old.num_bytes
+        if item.num_bytes > self.max_bytes:
+            return
+        self._items[identifier] = item
+        self.num_bytes += item.num_bytes
+        while self.num_bytes > self.max_bytes:
+            _, oldest = self._items.popitem(last=False)
+            self.num_bytes -= oldest.num_bytes
+
+    def clear(self) -> None:
+        self._items.clear()
+        self.num_bytes = 0

@@ -1,0 +1,114 @@
+"""Teach vLLM's `EngineArgs` the speculative method `lvspec`.
+
+vLLM's list of methods is closed, but it has `custom_class`, worker classes by name, and `additional_config` that
+travels to all workers. So `lvspec` is put into these words when the engine's configuration is made; the arguments that
+the user passed stay as they were. These two wrappers are all that this package changes in vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_lvspec.config import METHOD, LVSpecConfig, LVSpecConfigError, names_lvspec
+from vllm_lvspec.engine.compatibility import check_engine, resolve_drafter
+from vllm_lvspec.engine.versions import require_tested_vllm
+
+logger = init_logger("vllm.lvspec")
+
+PROPOSER = "vllm_lvspec.engine.proposer.LVSpecProposer"
+CPU_WORKER = "vllm_lvspec.engine.worker.LVSpecCPUWorker"
+GPU_WORKER = "vllm_lvspec.engine.worker.LVSpecGPUWorker"
+
+
+def teach_engine_args() -> None:
+    """Wrap the command line's parser and the making of the engine's configuration; a second call does nothing."""
+    if getattr(EngineArgs, "_lvspec_taught", False):
+        return
+    EngineArgs.add_cli_args = staticmethod(_with_lvspec_word(EngineArgs.add_cli_args))
+    EngineArgs.create_engine_config = _with_lvspec_translation(EngineArgs.create_engine_config)
+    EngineArgs._lvspec_taught = True
+
+
+def lvspec_config(vllm_config: VllmConfig) -> LVSpecConfig:
+    """The settings that `create_engine_config` put into `vllm_config`."""
+    return LVSpecConfig(**vllm_config.additional_config[METHOD])
+
+
+def _with_lvspec_word(add_cli_args: Callable) -> Callable:
+    @functools.wraps(add_cli_args)
+    def wrapper(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = add_cli_args(parser)
+        for action in parser._actions:
+            if "--speculative-config" in action.option_strings:
+                assert callable(action.type)
+                action.type = _speculative_config_type(action.type)
+        return parser
+
+    return wrapper
+
+
+def _speculative_config_type(parse_json: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = text if names_lvspec(text) else parse_json(text)
+        if not names_lvspec(value):
+            return value
+        try:
+            config = LVSpecConfig.parse(value)
+        except LVSpecConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return config.model_dump(exclude_unset=True) | {"method": METHOD}
+
+    parse.__name__ = "speculative_config"  # argparse shows it where the text is no JSON
+    return parse
+
+
+def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
+    @functools.wraps(create_engine_config)
+    def wrapper(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        if not names_lvspec(self.speculative_config):
+            return create_engine_config(self, *args, **kwargs)
+        require_tested_vllm()
+        config = LVSpecConfig.parse(self.speculative_config)
+        if self.worker_cls not in ("auto", CPU_WORKER, GPU_WORKER):
+            raise LVSpecConfigError(f"worker_cls={self.worker_cls!r}: lvspec brings its own worker; leave it unset")
+        if config.model is None:
+            config = config.model_copy(update={"model": resolve_drafter(self.model)})
+        translated = {
+            "speculative_config": {
+                "method": "custom_class",
+                "model": PROPOSER,
+                "num_speculative_tokens": config.num_speculative_tokens,
+            },
+            "additional_config": {**self.additional_config, METHOD: json.loads(config.model_dump_json())},
+            "worker_cls": CPU_WORKER if current_platform.is_cpu() else GPU_WORKER,
+        }
+        original = {name: getattr(self, name) for name in translated}
+        try:
+            for name, value in translated.items():
+                setattr(self, name, value)
+            vllm_config = create_engine_config(self, *args, **kwargs)
+        finally:
+            for name, value in original.items():
+                setattr(self, name, value)
+        check_engine(vllm_config, config)
+        logger.info(
+            "lvspec: %s drafts %d tokens a step for %s (pruning=%s, pruning_ratio=%g); policy=strict: outputs are "
+            "those of the target alone.",
+            config.model,
+            config.num_speculative_tokens,
+            vllm_config.model_config.model,
+            config.pruning,
+            config.pruning_ratio,
+        )
+        return vllm_config
+
+    return wrapper

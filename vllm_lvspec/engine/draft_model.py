@@ -1,0 +1,220 @@
+"""A second vision-language model in the worker, with a private paged KV cache.
+
+It is built from a copy of vLLM's configuration, so its attention layers have a forward context of their own and vLLM
+plans no KV cache for them.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from vllm.config import CompilationConfig, CompilationMode, VllmConfig
+from vllm.config.utils import replace as replace_config
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.models.interfaces import supports_mrope
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.multimodal.utils import group_and_batch_mm_kwargs
+from vllm.utils.mem_constants import GiB_bytes
+from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
+from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
+from vllm.v1.worker.utils import AttentionGroup, allocate_kv_cache, bind_kv_cache_to_layers, prepare_kernel_block_sizes
+
+from vllm_lvspec.config import LVSpecConfig, LVSpecConfigError
+from vllm_lvspec.draft.drafter import DraftBatch
+from vllm_lvspec.draft.pages import PagePool
+from vllm_lvspec.engine.compatibility import draft_model_config
+
+logger = init_logger("vllm.lvspec")
+
+DEFAULT_CACHE_GIB = 4.0
+DEFAULT_CACHE_SHARE = 0.1  # of the device's memory
+
+
+@dataclass(frozen=True)
+class PromptView:
+    """What positions follow from: the prompt's tokens and its multimodal features."""
+
+    token_ids: list[int]
+    features: list[MultiModalFeatureSpec]
+
+
+class VLLMDraftModel:
+    """The drafter's model in vLLM's clothes; implements `vllm_lvspec.draft.drafter.DraftModel`."""
+
+    def __init__(self, vllm_config: VllmConfig, config: LVSpecConfig, device: torch.device):
+        self.device = device
+        self.vllm_config = _draft_vllm_config(vllm_config, config)
+        model_config = self.vllm_config.model_config
+        self.max_model_len = model_config.max_model_len
+        self.max_batch_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.shared_vocab_size = min(vllm_config.model_config.get_vocab_size(), model_config.get_vocab_size())
+        self.model = get_model(vllm_config=self.vllm_config)
+        self.uses_mrope = supports_mrope(self.model) and model_config.uses_mrope
+        self._pin_memory = device.type == "cuda"
+        self._allocate_cache(config)
+
+    # The cache ----------------------------------------------------------------------------------------------------
+
+    def _allocate_cache(self, config: LVSpecConfig) -> None:
+        layers = {
+            name: layer
+            for name, layer in self.vllm_config.compilation_config.static_forward_context.items()
+            if isinstance(layer, AttentionLayerBase)
+        }
+        specs = {name: layer.get_kv_cache_spec(self.vllm_config) for name, layer in layers.items()}
+        specs = {name: spec for name, spec in specs.items() if spec is not None}
+        distinct = set(specs.values())
+        if len(distinct) != 1 or not isinstance(spec := distinct.pop(), FullAttentionSpec):
+            raise LVSpecConfigError(
+                f"model={config.model!r}: the drafter's layers have different kinds of KV cache; must be a model whose "
+                "layers all use full attention"
+            )
+        names = list(specs)
+        backend = layers[names[0]].get_attn_backend()
+        layouts = backend.supported_kv_cache_layouts()
+        cache_config = self.vllm_config.cache_config
+        resolve_kv_cache_layout(self.vllm_config, [[layout.name for layout in layouts or _any_layout()]], [spec])
+        num_bytes = self._cache_bytes(config, spec, len(names))
+        kv_config = get_kv_cache_config_from_groups(self.vllm_config, [KVCacheGroupSpec(names, spec)], num_bytes)
+        self.group = AttentionGroup(backend=backend, layer_names=names, kv_cache_spec=spec, kv_cache_group_id=0)
+        kernel_sizes = prepare_kernel_block_sizes(kv_config, [[self.group]])
+        self.group.create_metadata_builders(self.vllm_config, self.device, kernel_block_size=kernel_sizes[0])
+        caches = allocate_kv_cache(kv_config, self.device, cache_config.get_resolved_kv_cache_layout(), kernel_sizes)
+        bind_kv_cache_to_layers(caches, self.vllm_config.compilation_config.static_forward_context)
+        # Kernel blocks are the pages: block tables and slots then need no translation.
+        pages_per_block = spec.block_size // kernel_sizes[0]
+        self.pool = PagePool(kv_config.num_blocks * pages_per_block, kernel_sizes[0])
+        self.cache_bytes = sum(tensor.size for tensor in kv_config.kv_cache_tensors[:1])
+
+    def _cache_bytes(self, config: LVSpecConfig, spec: FullAttentionSpec, num_layers: int) -> int:
+        """Size of the cache, the same on all ranks: it must not depend on what happens to be free."""
+        bytes_per_block = spec.page_size_bytes * num_layers
+        if config.draft_cache_gib is not None:
+            wanted = int(config.draft_cache_gib * GiB_bytes)
+            if wanted < bytes_per_block:
+                raise LVSpecConfigError(
+                    f"draft_cache_gib={config.draft_cache_gib}: one page of {spec.block_size} tokens needs "
+                    f"{bytes_per_block / GiB_bytes:.3g} GiB; must be at least that"
+                )
+            return wanted
+        scheduler = self.vllm_config.scheduler_config
+        blocks_per_request = -(-self.max_model_len // spec.block_size)
+        everything = scheduler.max_num_seqs * blocks_per_request * bytes_per_block
+        bound = min(DEFAULT_CACHE_GIB * GiB_bytes, DEFAULT_CACHE_SHARE * _device_memory(self.device))
+        return max(min(everything, int(bound)), bytes_per_block)
+
+    # What the drafter asks for ------------------------------------------------------------------------------------
+
+    def prompt_positions(self, prompt: PromptView, num_prompt_tokens: int) -> tuple[torch.Tensor, int]:
+        if not self.uses_mrope:
+            return torch.arange(num_prompt_tokens).unsqueeze(0), 0
+        positions, delta = self.model.get_mrope_input_positions(prompt.token_ids, prompt.features)
+        return positions, int(delta)
+
+    def encode(self, payloads: list[MultiModalFeatureSpec]) -> list[torch.Tensor]:
+        order = sorted(range(len(payloads)), key=lambda i: payloads[i].modality)
+        items = [(payloads[i].modality, payloads[i].data) for i in order]
+        encoded: list[torch.Tensor] = []
+        for _, _, kwargs in group_and_batch_mm_kwargs(items, device=self.device, pin_memory=self._pin_memory):
+            encoded.extend(self.model.embed_multimodal(**kwargs))
+        result: list[torch.Tensor] = [encoded[0]] * len(payloads)
+        for i, embeddings in zip(order, encoded, strict=True):
+            result[i] = embeddings
+        return result
+
+    def forward(self, batch: DraftBatch, logits_rows: torch.Tensor) -> torch.Tensor:
+        num_tokens = len(batch.token_ids)
+        common = CommonAttentionMetadata(
+            query_start_loc=batch.query_starts,
+            query_start_loc_cpu=batch.query_starts_cpu,
+            seq_lens=batch.seq_lens,
+            num_reqs=len(batch.seq_lens),
+            num_actual_tokens=num_tokens,
+            max_query_len=batch.max_query_len,
+            max_seq_len=batch.max_seq_len,
+            block_table_tensor=batch.block_table,
+            slot_mapping=batch.slots,
+        )
+        metadata = self.group.get_metadata_builder().build(0, common)
+        names = self.group.layer_names
+        with set_forward_context(
+            dict.fromkeys(names, metadata),
+            self.vllm_config,
+            num_tokens=num_tokens,
+            slot_mapping=dict.fromkeys(names, batch.slots),
+        ):
+            embeds = self.model.embed_input_ids(
+                batch.token_ids,
+                multimodal_embeddings=batch.visual or None,
+                is_multimodal=None if batch.visual_mask is None else batch.visual_mask.to(self.device),
+            )
+            positions = batch.positions if self.uses_mrope else batch.positions[0]
+            hidden = self.model(input_ids=None, positions=positions, inputs_embeds=embeds)
+        rows = logits_rows.to(self.device, torch.long)
+        logits = self.model.compute_logits(hidden[rows])
+        return logits[:, : self.shared_vocab_size].argmax(dim=-1)
+
+    def profile(self) -> None:
+        """Run the largest forward once, so that vLLM's memory profile has seen the drafter's activations."""
+        num_tokens = min(self.max_batch_tokens, self.pool.num_pages * self.pool.page_size, self.max_model_len)
+        num_pages = -(-num_tokens // self.pool.page_size)
+        starts = torch.tensor([0, num_tokens], dtype=torch.int32)
+        places = torch.arange(num_tokens, device=self.device)
+        self.forward(
+            DraftBatch(
+                token_ids=torch.zeros(num_tokens, dtype=torch.int64, device=self.device),
+                positions=places.expand(3, -1),
+                slots=places,
+                query_starts=starts.to(self.device),
+                query_starts_cpu=starts,
+                seq_lens=starts[1:].to(self.device),
+                block_table=torch.arange(num_pages, dtype=torch.int32, device=self.device).unsqueeze(0),
+                max_query_len=num_tokens,
+                max_seq_len=num_tokens,
+            ),
+            starts[1:] - 1,
+        )
+
+
+def _draft_vllm_config(vllm_config: VllmConfig, config: LVSpecConfig) -> VllmConfig:
+    # vLLM's configuration writes into its parts when it is made; the target must not see that.
+    cache_config = copy.deepcopy(vllm_config.cache_config)
+    cache_config.kv_cache_layout = None
+    cache_config.sliding_window = None
+    cache_config.num_gpu_blocks_override = None
+    return replace_config(
+        vllm_config,
+        model_config=draft_model_config(vllm_config.model_config, config),
+        cache_config=cache_config,
+        compilation_config=CompilationConfig(mode=CompilationMode.NONE),
+        attention_config=replace(vllm_config.attention_config, backend=None),
+        additional_config={},
+        speculative_config=None,
+        quant_config=None,
+    )
+
+
+def _any_layout() -> tuple:
+    """Layouts for a backend that takes any, in vLLM's order of preference."""
+    from vllm.v1.kv_cache_interface import KVCacheLayout
+
+    return tuple(KVCacheLayout)
+
+
+def _device_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    import psutil
+
+    return psutil.virtual_memory().total
+
+
+def attention_backend_name(backend: type[AttentionBackend]) -> str:
+    return backend.get_name()
