@@ -123,7 +123,8 @@ class VLLMDraftModel:
         items = [(payloads[i].modality, payloads[i].data) for i in order]
         encoded: list[torch.Tensor] = []
         for _, _, kwargs in group_and_batch_mm_kwargs(items, device=self.device, pin_memory=self._pin_memory):
-            encoded.extend(self.model.embed_multimodal(**kwargs))
+            # LLaVA-OneVision gives videos of different lengths a leading dimension of one.
+            encoded.extend(item.flatten(0, -2) for item in self.model.embed_multimodal(**kwargs))
         result: list[torch.Tensor] = [encoded[0]] * len(payloads)
         for i, embeddings in zip(order, encoded, strict=True):
             result[i] = embeddings

@@ -36,6 +36,13 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         self.drafter.begin_step(scheduler_output, self.input_batch.req_ids, self.requests)
         return super().propose_draft_token_ids(scheduler_output, *args, **kwargs)
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        # vLLM's LLaVA-OneVision returns a shape that its own runner refuses, and dies of, when videos of different
+        # lengths are encoded together; one at a time they are fine.
+        if self.model_config.hf_config.model_type == "llava_onevision":
+            self.requires_sequential_video_encoding = True
+
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
         super().profile_run(*args, **kwargs)
         self.drafter.profile()

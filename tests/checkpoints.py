@@ -1,0 +1,183 @@
+"""Small checkpoints with random weights, one per family of architectures; nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+    SiglipVisionConfig,
+)
+
+from vllm_lvspec.reference.model import build_config, save_checkpoint
+from vllm_lvspec.reference.tokenizer import build_tokenizer
+
+VOCAB = 640
+TEXT = dict(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=4096, rms_norm_eps=1e-6, bos_token_id=None, head_dim=32,
+)  # fmt: skip
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Weights wide enough that greedy outputs wander instead of repeating one token."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                if "norm" not in name:
+                    parameter.normal_(0, 0.1, generator=generator)
+                continue
+            fan_in = parameter[0].numel()
+            wide = 3.0 if "embed_tokens" in name or "lm_head" in name else 1.7
+            std = wide if "embed_tokens" in name else wide / fan_in**0.5
+            parameter.normal_(0, std, generator=generator)
+
+
+def qwen2_5_vl(path: Path, seed: int = 0, vocab_size: int = VOCAB, layers: int = 2) -> str:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    tokenizer = build_tokenizer()
+    shape = dict(
+        vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=2, mrope_section=[4, 6, 6],
+        vision=dict(depth=1, hidden_size=64, intermediate_size=64, num_heads=2),
+    )  # fmt: skip
+    config = build_config(shape, tokenizer)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    randomise(model, seed)
+    save_checkpoint(model, tokenizer, str(path), torch.float32)
+    return str(path)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict:
+    token = tokenizer.convert_tokens_to_ids
+    return dict(
+        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+    )  # fmt: skip
+
+
+def qwen2_vl(path: Path, seed: int = 0) -> str:
+    tokenizer = build_tokenizer()
+    rope = {"rope_type": "default", "type": "mrope", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
+    config = Qwen2VLConfig(
+        text_config=dict(
+            **{**TEXT, "num_attention_heads": 2}, vocab_size=VOCAB, rope_parameters=rope,
+            eos_token_id=tokenizer.eos_token_id,
+        ),
+        vision_config=dict(
+            depth=1, embed_dim=64, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=14, spatial_merge_size=2,
+            temporal_patch_size=2,
+        ),
+        **_token_ids(tokenizer),
+    )  # fmt: skip
+    model = Qwen2VLForConditionalGeneration(config)
+    randomise(model, seed)
+    model.save_pretrained(path)
+    common = dict(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 256})
+    Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**common),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(**common, do_sample_frames=False, cap_pixels_per_frame=False),
+        chat_template=tokenizer.chat_template,
+    ).save_pretrained(path)
+    return str(path)
+
+
+def qwen3_vl(path: Path, seed: int = 0) -> str:
+    tokenizer = build_tokenizer()
+    rope = {
+        "rope_type": "default", "mrope_section": [6, 5, 5], "rope_theta": 10000.0, "mrope_interleaved": True,
+    }  # fmt: skip
+    config = Qwen3VLConfig(
+        text_config=dict(
+            **TEXT, vocab_size=VOCAB, rope_parameters=rope, rope_scaling=rope, eos_token_id=tokenizer.eos_token_id,
+        ),
+        vision_config=dict(
+            depth=2, hidden_size=64, intermediate_size=64, num_heads=2, patch_size=14, spatial_merge_size=2,
+            temporal_patch_size=2, out_hidden_size=64, num_position_embeddings=64, deepstack_visual_indexes=[0],
+        ),
+        **_token_ids(tokenizer),
+    )  # fmt: skip
+    model = Qwen3VLForConditionalGeneration(config)
+    randomise(model, seed)
+    model.save_pretrained(path)
+    common = dict(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 2048}, patch_size=14)
+    Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**common),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(**common, do_sample_frames=False),
+        chat_template=tokenizer.chat_template,
+    ).save_pretrained(path)
+    return str(path)
+
+
+def llava_onevision(path: Path, seed: int = 0, vocab_size: int = VOCAB) -> str:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|vision_start|>", "").replace("<|vision_end|>", "")
+    ids = _token_ids(tokenizer)
+    vision = SiglipVisionConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=84, patch_size=14,
+        vision_use_head=False,
+    )  # fmt: skip
+    config = LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=Qwen2Config(
+            **{**TEXT, "num_attention_heads": 2, "hidden_size": 64}, vocab_size=vocab_size,
+            rope_theta=10000.0, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=False,
+        ),
+        image_token_index=ids["image_token_id"], video_token_index=ids["video_token_id"],
+        image_grid_pinpoints=[[84, 84], [84, 168], [168, 84]], vision_feature_layer=-1,
+        vision_feature_select_strategy="full", tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlavaOnevisionForConditionalGeneration(config)
+    randomise(model, seed)
+    model.save_pretrained(path)
+    # Published checkpoints, and vLLM's loader, call the tower `vision_tower.vision_model`.
+    weights = path / "model.safetensors"
+    renamed = {}
+    for name, tensor in load_file(weights).items():
+        if "vision_tower." in name and "vision_tower.vision_model." not in name:
+            name = name.replace("vision_tower.", "vision_tower.vision_model.")
+        renamed[name] = tensor
+    save_file(renamed, weights, metadata={"format": "pt"})
+    size = {"height": 84, "width": 84}
+    LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=config.image_grid_pinpoints),
+        tokenizer=tokenizer,
+        video_processor=LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=36,
+        vision_feature_select_strategy="full",
+        chat_template=tokenizer.chat_template,
+        image_token="<|image_pad|>",
+        video_token="<|video_pad|>",
+    ).save_pretrained(path)
+    return str(path)
+
+
+def text_only(path: Path) -> str:
+    tokenizer = build_tokenizer()
+    config = Qwen2Config(**{**TEXT, "num_attention_heads": 2}, vocab_size=VOCAB, eos_token_id=tokenizer.eos_token_id)
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)

@@ -1,0 +1,31 @@
+"""Small checkpoints, made once per test run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """`checkpoint("qwen2_5_vl", seed=1)`: the path of a checkpoint with random weights of that family."""
+    import checkpoints
+
+    made: dict[tuple, str] = {}
+    root: Path = tmp_path_factory.mktemp("checkpoints")
+
+    def make(family: str, **options: int) -> str:
+        key = (family, *sorted(options.items()))
+        if key not in made:
+            made[key] = getattr(checkpoints, family)(root / "-".join(str(part) for part in key), **options)
+        return made[key]
+
+    return make

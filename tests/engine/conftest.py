@@ -1,0 +1,100 @@
+"""Engines shared by the tests of a run: starting one takes much longer than a test."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+from vllm import LLM, RequestOutput
+from workload import Family, Request, generate_requests
+
+MAX_MODEL_LEN = 512
+
+
+class Engine:
+    """A real vLLM engine in float32, with or without the drafter."""
+
+    def __init__(self, target: str, drafter: str | None, **options: Any):
+        self.has_drafter = drafter is not None
+        settings: dict[str, Any] = {"method": "lvspec", "model": drafter, **options.pop("lvspec", {})}
+        self.llm = LLM(
+            target,
+            **{
+                "dtype": "float32",
+                "max_model_len": MAX_MODEL_LEN,
+                "max_num_seqs": 8,
+                "block_size": 32,
+                "enforce_eager": True,
+                "disable_log_stats": False,
+                "limit_mm_per_prompt": {"video": 2, "image": 2},
+                "speculative_config": settings if self.has_drafter else None,
+                **options,
+            },
+        )
+
+    def run(self, requests: Sequence[Request], batch_sizes: Sequence[int] = (8,)) -> list[RequestOutput]:
+        """Outputs in order; requests are sent in batches whose sizes go round `batch_sizes`."""
+        outputs: list[RequestOutput] = []
+        turn = 0
+        while len(outputs) < len(requests):
+            size = batch_sizes[turn % len(batch_sizes)]
+            part = requests[len(outputs) : len(outputs) + size]
+            outputs += self.llm.generate([r.inputs for r in part], [r.params for r in part], use_tqdm=False)
+            turn += 1
+        return outputs
+
+    def stats(self) -> dict[str, int]:
+        """The drafter's counts on rank 0, once it has heard of all that has finished."""
+        for _ in range(50):
+            ranks = self.llm.collective_rpc("lvspec_stats")
+            if all(rank["sequences"] == 0 for rank in ranks):
+                break
+            time.sleep(0.1)
+        assert all(rank == ranks[0] for rank in ranks), "ranks disagree on what was drafted"
+        return ranks[0]
+
+    def metric(self, name: str) -> float:
+        return sum(m.value for m in self.llm.get_metrics() if m.name == f"vllm:{name}")
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="session")
+def engines(checkpoint: Callable[..., str]) -> Iterator[Callable[..., Engine]]:
+    """`engines(family, drafter=seed or None, **options)`: an engine whose target has seed 0; the last two stay up."""
+    running: dict[str, Engine] = {}
+
+    def start(family: Family, drafter: int | None = None, **options: Any) -> Engine:
+        key = repr((family.checkpoint, drafter, sorted(options.items())))
+        if key in running:
+            running[key] = running.pop(key)
+            return running[key]
+        while len(running) > 1:
+            running.pop(next(iter(running))).close()
+        # A drafter of another seed has another padded vocabulary, too.
+        path = None
+        if drafter is not None:
+            path = checkpoint(family.checkpoint, **({"seed": drafter, "vocab_size": 704} if drafter else {"seed": 0}))
+        running[key] = Engine(checkpoint(family.checkpoint, seed=0), path, **options)
+        return running[key]
+
+    yield start
+    for engine in running.values():
+        engine.close()
+
+
+@pytest.fixture(scope="session")
+def oracle(engines: Callable[..., Engine]) -> Callable[[Family, int, int], list[RequestOutput]]:
+    """What vLLM without speculation answers to `generate_requests(family, count, seed)`."""
+    answers: dict[tuple, list[RequestOutput]] = {}
+
+    def ask(family: Family, count: int, seed: int) -> list[RequestOutput]:
+        key = (family.checkpoint, count, seed)
+        if key not in answers:
+            answers[key] = engines(family).run(generate_requests(family, count, seed))
+        return answers[key]
+
+    return ask

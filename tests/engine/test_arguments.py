@@ -1,0 +1,244 @@
+"""How users write `lvspec`, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import vllm.engine.arg_utils
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_lvspec.config import LVSpecConfigError
+from vllm_lvspec.draft.pairs import default_draft_model
+from vllm_lvspec.engine.arguments import PROPOSER, lvspec_config
+from vllm_lvspec.engine.versions import TESTED, installed_vllm, require_tested_vllm
+from vllm_lvspec.plugin import register
+
+
+@pytest.fixture(scope="module")
+def pair(checkpoint, tmp_path_factory) -> tuple[str, str]:
+    """A target and a drafter beside each other, as a pair that needs no name."""
+    folder = tmp_path_factory.mktemp("pair")
+    (folder / "target").symlink_to(checkpoint("qwen2_5_vl", seed=0))
+    (folder / "draft").symlink_to(checkpoint("qwen2_5_vl", seed=1, vocab_size=704))
+    return str(folder / "target"), str(folder / "draft")
+
+
+def parse(*arguments: str) -> AsyncEngineArgs:
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    return AsyncEngineArgs.from_cli_args(parser.parse_args(list(arguments)))
+
+
+def config_of(args: EngineArgs):
+    args.max_model_len = 512
+    return args.create_engine_config()
+
+
+def test_every_way_to_write_it_on_the_command_line_means_the_same(pair, tmp_path):
+    target, draft = pair
+    full = json.dumps({"method": "lvspec", "model": draft, "num_speculative_tokens": 4})
+    yaml = tmp_path / "config.yaml"
+    yaml.write_text(f"model: {target}\nspeculative-config:\n  method: lvspec\n  num_speculative_tokens: 4\n")
+    word = tmp_path / "word.yaml"
+    word.write_text(f"model: {target}\nspeculative-config: lvspec:{draft}\n")
+    for arguments, k in (
+        (["--model", target, "--speculative-config", "lvspec"], 10),
+        (["--model", target, "-sc", f"lvspec:{draft}"], 10),
+        (["--model", target, "-sc", full], 4),
+        (["--model", target, "--speculative-config.method", "lvspec", "--speculative-config.pruning", "none"], 10),
+        (["serve", "--config", str(yaml)], 4),
+        (["serve", "--config", str(word)], 10),
+    ):
+        if arguments[0] == "serve":
+            arguments = FlexibleArgumentParser()._pull_args_from_config(arguments)[1:]
+        args = parse(*arguments)
+        vllm_config = config_of(args)
+        config = lvspec_config(vllm_config)
+        assert Path(config.model).resolve() == Path(draft).resolve()
+        assert config.num_speculative_tokens == k
+        assert vllm_config.speculative_config.method == "custom_class"
+        assert vllm_config.speculative_config.model == PROPOSER
+        assert vllm_config.speculative_config.num_speculative_tokens == k
+        assert vllm_config.parallel_config.worker_cls.startswith("vllm_lvspec.engine.worker.")
+        assert not vllm_config.scheduler_config.async_scheduling
+
+
+def test_the_users_arguments_stay_as_they_were(pair):
+    args = AsyncEngineArgs(model=pair[0], speculative_config="lvspec", additional_config={"mine": 1})
+    first, second = config_of(args), config_of(args)
+    assert args.speculative_config == "lvspec"
+    assert args.additional_config == {"mine": 1}
+    assert args.worker_cls == "auto"
+    assert first.additional_config == second.additional_config
+    assert first.additional_config["mine"] == 1
+
+
+def test_other_methods_are_untouched(pair):
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    assert parse("--model", pair[0], "-sc", json.dumps(ngram)).speculative_config == ngram
+    vllm_config = config_of(EngineArgs(model=pair[0], speculative_config=dict(ngram)))
+    assert vllm_config.speculative_config.method == "ngram"
+    assert "lvspec" not in vllm_config.additional_config
+    assert "lvspec" not in vllm_config.parallel_config.worker_cls
+    assert config_of(EngineArgs(model=pair[0])).speculative_config is None
+    with pytest.raises(SystemExit):
+        parse("--model", pair[0], "-sc", "no json")
+
+
+def test_loading_the_plugin_again_changes_nothing():
+    before = EngineArgs.add_cli_args, EngineArgs.create_engine_config
+    register()
+    register()
+    assert (EngineArgs.add_cli_args, EngineArgs.create_engine_config) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"method": "lvspec", "num_speculative_tokens": 0}', "num_speculative_tokens=0"),
+        ('{"method": "lvspec", "pruning_ratio": 1.0}', "pruning_ratio=1.0"),
+        ('{"method": "lvspec", "what": 1}', "what=1: unknown key"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong_in_one_line(text, words, pair, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("--model", pair[0], "--speculative-config", text)
+    assert caught.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert words in line
+
+
+def refused(match: str, target: str, **options) -> None:
+    with pytest.raises(LVSpecConfigError, match=match) as caught:
+        config_of(EngineArgs(model=target, **{"speculative_config": "lvspec", **options}))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_target_without_a_known_drafter_asks_for_one(checkpoint):
+    refused("no drafter is known for target.*lvspec:PATH", checkpoint("qwen2_vl"))
+
+
+def test_a_drafter_that_is_not_there_is_refused(pair):
+    refused("model='/no/such/folder': no such drafter", pair[0], speculative_config="lvspec:/no/such/folder")
+
+
+def test_a_hub_name_that_can_not_be_read_is_refused(pair):
+    refused("model='nobody/nothing': the drafter can't be read", pair[0], speculative_config="lvspec:nobody/nothing")
+
+
+def test_a_text_only_target_is_refused(checkpoint, pair):
+    refused("vision-language target.*text-only", checkpoint("text_only"), speculative_config=f"lvspec:{pair[1]}")
+
+
+def test_a_text_only_drafter_is_refused(checkpoint, pair):
+    refused("the drafter is text-only", pair[0], speculative_config="lvspec:" + checkpoint("text_only"))
+
+
+def test_a_drafter_with_another_tokenizer_is_refused(checkpoint, pair, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in Path(checkpoint("qwen2_5_vl", seed=1, vocab_size=704)).iterdir():
+        text = file.read_text().replace('"Ġred"', '"Ġrot"') if file.name == "tokenizer.json" else None
+        (other / file.name).write_bytes(text.encode() if text is not None else file.read_bytes())
+    refused("tokenizer is not the target's: 2 tokens differ.*Ġr", pair[0], speculative_config=f"lvspec:{other}")
+
+
+def test_a_drafter_that_cuts_images_another_way_is_refused(checkpoint, pair):
+    refused("reads images another way", pair[0], speculative_config="lvspec:" + checkpoint("llava_onevision"))
+
+
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2.*must be 1"),
+        ({"enable_lora": True}, "enable_lora=True.*must be False"),
+        ({"enable_prompt_embeds": True}, "enable_prompt_embeds=True"),
+        ({"enable_mm_embeds": True}, "enable_mm_embeds=True"),
+        ({"video_pruning_rate": 0.5}, "video_pruning_rate=0.5"),
+        ({"enable_sleep_mode": True}, "enable_sleep_mode=True"),
+        ({"kv_offloading_size": 1.0}, "kv_offloading_size=1.0"),
+        ({"data_parallel_size": 2}, "data_parallel_size=2"),
+        ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "decode_context_parallel_size=2"),
+        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size=2"),
+        ({"kv_transfer_config": "connector"}, "kv_transfer_config"),
+        ({"ec_transfer_config": "connector"}, "ec_transfer_config"),
+        ({"weight_transfer_config": {"backend": "nccl"}}, "weight_transfer_config"),
+        ({"tensor_parallel_size": 4}, "tensor_parallel_size=4.*num_attention_heads=2.*divisor of 2"),
+        ({"worker_cls": "some.Worker"}, "worker_cls='some.Worker'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_can_not_work_with_it_is_refused_by_name(option, match, pair):
+    from vllm.config import ECTransferConfig, KVTransferConfig
+
+    if option.get("kv_transfer_config"):
+        option = {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")}
+    if option.get("ec_transfer_config"):
+        option = {"ec_transfer_config": ECTransferConfig(ec_connector="ECExampleConnector", ec_role="ec_both")}
+    refused(match, pair[0], **option)
+
+
+def test_a_cache_smaller_than_a_page_is_refused_by_the_engine_in_words(pair):
+    code = (
+        "import sys; from vllm import LLM\n"
+        "if __name__ == '__main__': LLM(sys.argv[1], dtype='float32', max_model_len=512, enforce_eager=True, "
+        "speculative_config={'method': 'lvspec', 'draft_cache_gib': 1e-9})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, pair[0]], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "draft_cache_gib=1e-09: one page of" in done.stdout + done.stderr
+
+
+def test_an_untested_vllm_is_refused_by_name():
+    require_tested_vllm()
+    assert installed_vllm() in TESTED
+    for version in ("0.31.9", "0.33.0", "unknown"):
+        with pytest.raises(LVSpecConfigError, match=rf"vllm=={version}: vllm-lvspec .* works with vllm"):
+            require_tested_vllm(version)
+
+
+def test_known_pairs_follow_the_way_the_target_is_named(pair, tmp_path):
+    assert default_draft_model("Qwen/Qwen2.5-VL-32B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert default_draft_model("Qwen2.5-VL-32B-Instruct") == "Qwen2.5-VL-7B-Instruct"
+    assert default_draft_model("llava-hf/llava-onevision-qwen2-72b-ov-hf") == "llava-hf/llava-onevision-qwen2-7b-ov-hf"
+    assert default_draft_model("someone/something") is None
+    for name in ("Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-3B-Instruct"):
+        (tmp_path / name).mkdir()
+    assert default_draft_model(str(tmp_path / "Qwen2.5-VL-7B-Instruct")) == str(tmp_path / "Qwen2.5-VL-3B-Instruct")
+    (tmp_path / "Qwen2.5-VL-72B-Instruct").mkdir()
+    assert default_draft_model(str(tmp_path / "Qwen2.5-VL-72B-Instruct")) is None
+
+
+def test_what_this_package_relies_on_in_vllm_is_there():
+    """Fails when vLLM changes under us, before anything subtle does."""
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
+
+    source = inspect.getsource(vllm.engine.arg_utils)
+    assert '"--speculative-config", "-sc"' in source
+    assert "def create_speculative_config" in source
+    assert issubclass(CPUModelRunner, GPUModelRunner)
+    assert 'self.model_runner = CPUModelRunner(self.vllm_config, torch.device("cpu"))' in inspect.getsource(
+        CPUWorker.init_device
+    )
+    assert "self._make_model_runner()" in inspect.getsource(Worker.init_device)
+    runner = inspect.getsource(GPUModelRunner)
+    for use in (
+        "self._input_fits_in_drafter(",
+        "self._on_request_state_removed(req_id, req_state)",
+        "self.drafter.load_model(",
+        "gen.set_offset(gen.get_offset() - 4)",
+        "cast(Any, self.drafter).propose(",
+        "self.discard_request_mask.np[:num_reqs]",
+        "self.requires_sequential_video_encoding\n",
+    ):
+        assert use in runner, use
+    assert {"preempted_req_ids", "num_spec_tokens_to_schedule"} <= set(SchedulerOutput.__dataclass_fields__)

@@ -1,0 +1,81 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_lvspec.draft.embeddings import EmbeddingCache, KeptEmbeddings
+from vllm_lvspec.draft.pages import PagePool
+
+
+def test_a_pool_grows_all_or_nothing_and_takes_everything_back():
+    pool = PagePool(num_pages=4, page_size=16)
+    first: list[int] = []
+    second: list[int] = []
+    assert pool.grow(first, 33)
+    assert len(first) == 3
+    assert pool.grow(first, 48)
+    assert len(first) == 3
+    assert not pool.grow(second, 17)
+    assert second == []
+    assert pool.grow(second, 16)
+    assert pool.num_free == 0
+    assert not set(first) & set(second)
+    pool.release(first)
+    pool.release(second)
+    assert first == second == []
+    assert pool.num_free == 4
+
+
+def test_a_pool_without_pages_is_refused():
+    with pytest.raises(ValueError, match="num_pages=0"):
+        PagePool(0, 16)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 90)), max_size=60))
+def test_pages_are_never_owned_twice_and_never_lost(operations):
+    pool = PagePool(12, 8)
+    owners: dict[int, list[int]] = {i: [] for i in range(6)}
+    for owner, tokens in operations:
+        if tokens > 70:
+            pool.release(owners[owner])
+        else:
+            pool.grow(owners[owner], tokens)
+        owned = [page for pages in owners.values() for page in pages]
+        assert len(owned) == len(set(owned))
+        assert len(owned) + pool.num_free == 12
+
+
+def _item(rows: int) -> KeptEmbeddings:
+    return KeptEmbeddings(torch.arange(rows), torch.zeros(rows, 4))
+
+
+def test_the_least_recently_used_embeddings_go_first():
+    size = _item(3).num_bytes
+    cache = EmbeddingCache(2 * size)
+    cache.put("a", _item(3))
+    cache.put("b", _item(3))
+    assert cache.get("a") is not None
+    cache.put("c", _item(3))
+    assert cache.get("b") is None
+    assert cache.get("a") is not None
+    assert cache.get("c") is not None
+    assert cache.num_bytes == 2 * size
+
+
+def test_embeddings_larger_than_the_bound_are_not_kept_and_evict_nothing():
+    cache = EmbeddingCache(_item(3).num_bytes)
+    cache.put("a", _item(3))
+    cache.put("b", _item(30))
+    assert cache.get("b") is None
+    assert cache.get("a") is not None
+
+
+def test_putting_an_item_again_counts_it_once():
+    cache = EmbeddingCache(10**6)
+    cache.put("a", _item(3))
+    cache.put("a", _item(5))
+    assert cache.num_bytes == _item(5).num_bytes
+    assert len(cache) == 1
+    cache.clear()
+    assert cache.num_bytes == 0
+    assert len(cache) == 0

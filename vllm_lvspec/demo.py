@@ -1,0 +1,161 @@
+"""`lvspec demo`: the bundled pair, served by vLLM, describes videos over the OpenAI API."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import openai
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+
+from vllm_lvspec.reference import CLIPS, DRAFT, TARGET
+from vllm_lvspec.reference.scenes import Scene, score_caption
+from vllm_lvspec.serving import Server, serve
+
+QUESTION = "Describe this clip in detail."
+
+
+@dataclass(frozen=True)
+class Clip:
+    path: Path
+    scene: Scene
+
+    @property
+    def url(self) -> str:
+        return "data:video/mp4;base64," + base64.b64encode(self.path.read_bytes()).decode()
+
+
+@dataclass
+class Result:
+    """What one server did with all clips."""
+
+    name: str
+    tokens: int = 0
+    seconds: float = 0.0
+    steps: float = 0.0
+    right: int = 0
+    facts: int = 0
+    answers: tuple[str, ...] = ()
+
+
+def bundled_clips() -> list[Clip]:
+    """The generated videos that come with the package."""
+    seeds = json.loads((CLIPS / "seeds.json").read_text())
+    return [Clip(CLIPS / name, Scene.from_seed(seed)) for name, seed in sorted(seeds.items())]
+
+
+def run_demo(console: Console, max_tokens: int = 160) -> None:
+    """Serve the pair with and without the drafter, show a streamed answer and a table of both."""
+    clips = bundled_clips()
+    common = ["--max-model-len", "1024", "--max-num-seqs", "4", "--served-model-name", "reference"]
+    speculative = json.dumps({"method": "lvspec", "model": str(DRAFT)})
+    results = []
+    for name, arguments in (
+        ("strict", ["--speculative-config", "lvspec" if _is_default_pair() else speculative]),
+        ("autoregressive", []),
+    ):
+        shown = " ".join(["vllm serve", TARGET.name, *arguments])
+        with console.status(shown) as status:
+            with serve(TARGET, *common, *arguments, on_wait=partial(_show, status, shown)) as server:
+                status.stop()
+                console.print(f"[green]●[/] {shown} answers at {server.url}/v1")
+                results.append(_ask_all(console, server, name, clips, max_tokens, stream_first=name == "strict"))
+                status.start()
+                status.update("the server is stopped")
+    console.print(_table(results))
+    strict, plain = results
+    same = sum(a == b for a, b in zip(strict.answers, plain.answers, strict=True))
+    console.print(
+        f"{same} of {len(clips)} answers are the same to the letter (weights are bfloat16; where two tokens are as "
+        "good as equally likely, one row and eleven rows round differently in vLLM itself)."
+    )
+
+
+def _is_default_pair() -> bool:
+    from vllm_lvspec.draft.pairs import default_draft_model
+
+    return default_draft_model(str(TARGET)) == str(DRAFT.resolve())
+
+
+def _show(status: Status, shown: str, seconds: float) -> None:
+    status.update(f"[bold]{shown}[/]: the engine starts ({seconds:.0f} s)")
+
+
+def _ask_all(
+    console: Console, server: Server, name: str, clips: Sequence[Clip], max_tokens: int, stream_first: bool
+) -> Result:
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
+    _ask(client, clips[-1], 8)  # the first request of a server is slower
+    before = _decode_steps(server)
+    result = Result(name)
+    answers = []
+    for i, clip in enumerate(clips):
+        show = console if stream_first and i == 0 else None
+        if show is not None:
+            show.print(f"\n[bold]{clip.path.name}[/]  {QUESTION}")
+        text, tokens, seconds = _ask(client, clip, max_tokens, show)
+        score = score_caption(clip.scene, text)
+        answers.append(text)
+        result.tokens += tokens - 1  # the first token is the prefill's
+        result.seconds += seconds
+        result.right += score.right
+        result.facts += score.total
+    result.answers = tuple(answers)
+    drafts, accepted = (after - b for after, b in zip(_decode_steps(server), before, strict=True))
+    result.steps = result.tokens - accepted if drafts else result.tokens
+    return result
+
+
+def _ask(client: openai.OpenAI, clip: Clip, max_tokens: int, show: Console | None = None) -> tuple[str, int, float]:
+    """Answer, number of tokens, and seconds from the first token to the last."""
+    content: list[Any] = [{"type": "video_url", "video_url": {"url": clip.url}}, {"type": "text", "text": QUESTION}]
+    stream = client.chat.completions.create(
+        model="reference",
+        messages=[{"role": "user", "content": content}],
+        temperature=0,
+        max_tokens=max_tokens,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    text, tokens, first, last = "", 0, 0.0, 0.0
+    for chunk in stream:
+        if chunk.usage:
+            tokens = chunk.usage.completion_tokens
+        if chunk.choices and (piece := chunk.choices[0].delta.content):
+            last = time.perf_counter()
+            first = first or last
+            text += piece
+            if show is not None:
+                show.print(piece, end="", style="cyan")
+    if show is not None:
+        show.print("\n")
+    return text, tokens, last - first
+
+
+def _decode_steps(server: Server) -> tuple[float, float]:
+    return (
+        server.metric("vllm:spec_decode_num_drafts_total"),
+        server.metric("vllm:spec_decode_num_accepted_tokens_total"),
+    )
+
+
+def _table(results: Sequence[Result]) -> Table:
+    table = Table(title=f"{len(bundled_clips())} clips, one at a time")
+    for heading in ("", "tokens per target step", "tokens/s", "facts right"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for result in sorted(results, key=lambda r: r.name):
+        table.add_row(
+            result.name,
+            f"{result.tokens / result.steps:.2f}",
+            f"{result.tokens / result.seconds:.0f}",
+            f"{result.right} of {result.facts}",
+        )
+    return table
