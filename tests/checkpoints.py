@@ -52,13 +52,13 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             parameter.normal_(0, std, generator=generator)
 
 
-def qwen2_5_vl(path: Path, seed: int = 0, vocab_size: int = VOCAB, layers: int = 2) -> str:
+def qwen2_5_vl(path: Path, seed: int = 0, vocab_size: int = VOCAB, heads: int = 2) -> str:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     tokenizer = build_tokenizer()
     shape = dict(
-        vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=2,
-        num_key_value_heads=2, mrope_section=[4, 6, 6],
+        vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=heads,
+        num_key_value_heads=heads, mrope_section=[4, 6, 6] if heads == 2 else [2, 3, 3],
         vision=dict(depth=1, hidden_size=64, intermediate_size=64, num_heads=2),
     )  # fmt: skip
     config = build_config(shape, tokenizer)

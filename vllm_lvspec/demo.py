@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from vllm_lvspec.reference import CLIPS, DRAFT, TARGET
+from vllm_lvspec.reference import CLIPS, TARGET
 from vllm_lvspec.reference.scenes import Scene, score_caption
 from vllm_lvspec.serving import Server, serve
 
@@ -56,10 +56,9 @@ def run_demo(console: Console, max_tokens: int = 160) -> None:
     """Serve the pair with and without the drafter, show a streamed answer and a table of both."""
     clips = bundled_clips()
     common = ["--max-model-len", "1024", "--max-num-seqs", "4", "--served-model-name", "reference"]
-    speculative = json.dumps({"method": "lvspec", "model": str(DRAFT)})
     results = []
     for name, arguments in (
-        ("strict", ["--speculative-config", "lvspec" if _is_default_pair() else speculative]),
+        ("strict", ["--speculative-config", "lvspec"]),
         ("autoregressive", []),
     ):
         shown = " ".join(["vllm serve", TARGET.name, *arguments])
@@ -77,12 +76,6 @@ def run_demo(console: Console, max_tokens: int = 160) -> None:
         f"{same} of {len(clips)} answers are the same to the letter (weights are bfloat16; where two tokens are as "
         "good as equally likely, one row and eleven rows round differently in vLLM itself)."
     )
-
-
-def _is_default_pair() -> bool:
-    from vllm_lvspec.draft.pairs import default_draft_model
-
-    return default_draft_model(str(TARGET)) == str(DRAFT.resolve())
 
 
 def _show(status: Status, shown: str, seconds: float) -> None:

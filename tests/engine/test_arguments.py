@@ -143,9 +143,11 @@ def test_a_drafter_with_another_tokenizer_is_refused(checkpoint, pair, tmp_path)
     other = tmp_path / "other"
     other.mkdir()
     for file in Path(checkpoint("qwen2_5_vl", seed=1, vocab_size=704)).iterdir():
-        text = file.read_text().replace('"Ġred"', '"Ġrot"') if file.name == "tokenizer.json" else None
-        (other / file.name).write_bytes(text.encode() if text is not None else file.read_bytes())
-    refused("tokenizer is not the target's: 2 tokens differ.*Ġr", pair[0], speculative_config=f"lvspec:{other}")
+        data = file.read_bytes()
+        if file.suffix == ".json":
+            data = data.replace(b"<|vision_pad|>", b"<|another_pad|>")
+        (other / file.name).write_bytes(data)
+    refused("tokenizer is not the target's: 2 tokens differ.*_pad", pair[0], speculative_config=f"lvspec:{other}")
 
 
 def test_a_drafter_that_cuts_images_another_way_is_refused(checkpoint, pair):
@@ -168,7 +170,6 @@ def test_a_drafter_that_cuts_images_another_way_is_refused(checkpoint, pair):
         ({"kv_transfer_config": "connector"}, "kv_transfer_config"),
         ({"ec_transfer_config": "connector"}, "ec_transfer_config"),
         ({"weight_transfer_config": {"backend": "nccl"}}, "weight_transfer_config"),
-        ({"tensor_parallel_size": 4}, "tensor_parallel_size=4.*num_attention_heads=2.*divisor of 2"),
         ({"worker_cls": "some.Worker"}, "worker_cls='some.Worker'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -181,6 +182,16 @@ def test_what_can_not_work_with_it_is_refused_by_name(option, match, pair):
     if option.get("ec_transfer_config"):
         option = {"ec_transfer_config": ECTransferConfig(ec_connector="ECExampleConnector", ec_role="ec_both")}
     refused(match, pair[0], **option)
+
+
+def test_a_drafter_whose_heads_do_not_divide_is_refused(checkpoint, pair):
+    target = checkpoint("qwen2_5_vl", heads=4)
+    refused(
+        "tensor_parallel_size=4.*num_attention_heads=2.*divisor of 2",
+        target,
+        speculative_config=f"lvspec:{pair[1]}",
+        tensor_parallel_size=4,
+    )
 
 
 def test_a_cache_smaller_than_a_page_is_refused_by_the_engine_in_words(pair):
@@ -207,11 +218,10 @@ def test_known_pairs_follow_the_way_the_target_is_named(pair, tmp_path):
     assert default_draft_model("Qwen2.5-VL-32B-Instruct") == "Qwen2.5-VL-7B-Instruct"
     assert default_draft_model("llava-hf/llava-onevision-qwen2-72b-ov-hf") == "llava-hf/llava-onevision-qwen2-7b-ov-hf"
     assert default_draft_model("someone/something") is None
-    for name in ("Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-3B-Instruct"):
+    for name in ("Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-3B-Instruct", "Qwen2-VL-72B-Instruct"):
         (tmp_path / name).mkdir()
     assert default_draft_model(str(tmp_path / "Qwen2.5-VL-7B-Instruct")) == str(tmp_path / "Qwen2.5-VL-3B-Instruct")
-    (tmp_path / "Qwen2.5-VL-72B-Instruct").mkdir()
-    assert default_draft_model(str(tmp_path / "Qwen2.5-VL-72B-Instruct")) is None
+    assert default_draft_model(str(tmp_path / "Qwen2-VL-72B-Instruct")) is None
 
 
 def test_what_this_package_relies_on_in_vllm_is_there():
@@ -229,7 +239,7 @@ def test_what_this_package_relies_on_in_vllm_is_there():
     assert 'self.model_runner = CPUModelRunner(self.vllm_config, torch.device("cpu"))' in inspect.getsource(
         CPUWorker.init_device
     )
-    assert "self._make_model_runner()" in inspect.getsource(Worker.init_device)
+    assert "self._make_model_runner()" in inspect.getsource(Worker)
     runner = inspect.getsource(GPUModelRunner)
     for use in (
         "self._input_fits_in_drafter(",

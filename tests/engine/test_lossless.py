@@ -95,12 +95,13 @@ def test_aborted_requests_leave_no_page_behind(engines):
     for i, request in enumerate(requests):
         params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
         core.add_request(f"abort-{i}", request.inputs, params)
-    done = 0
-    for step in range(60):
-        done += sum(o.finished for o in core.step())
-        core.abort_request([f"abort-{step % 18}"])
+    steps = 0
     while core.has_unfinished_requests():
         core.step()
+        steps += 1
+        if steps % 2 == 0 and steps < 28:  # 13 in mid-flight, among them some that still wait
+            core.abort_request([f"abort-{steps // 2 * 5 % 18}"])
+    assert steps > 28
     stats = engine.stats()
     assert stats["pages_free"] == stats["pages_total"]
     # The engine still answers, and rightly.
@@ -109,15 +110,16 @@ def test_aborted_requests_leave_no_page_behind(engines):
     assert token_ids(got) == token_ids(engines(QWEN).run(fresh))
 
 
-def test_seeded_sampling_is_repeatable_also_while_other_prompts_are_prefilled(engines):
-    engine = engines(QWEN, drafter=1, max_num_batched_tokens=96)
+def test_seeded_sampling_is_repeatable_and_lives_through_chunked_prefill(engines):
+    engine = engines(QWEN, drafter=1, max_num_batched_tokens=96, enable_prefix_caching=False)
     requests = generate_requests(QWEN, 16, seed=7)
     for i, request in enumerate(requests):
         request.params = SamplingParams(temperature=1.0, top_p=0.9, seed=i, max_tokens=30, ignore_eos=True)
-    first = token_ids(engine.run(requests))
-    engine.llm.reset_prefix_cache()
-    assert token_ids(engine.run(requests)) == first
+    first = token_ids(engine.run(requests, (1,)))
+    assert token_ids(engine.run(requests, (1,))) == first
     assert len({tuple(t) for t in first}) == len(first)
+    # Together they share a token budget, and with it the number of drafts that are verified in a step.
+    assert all(len(t) == 30 for t in token_ids(engine.run(requests, (8,))))
 
 
 def test_a_full_pool_means_fewer_drafts_and_no_error(engines, oracle):
@@ -136,10 +138,9 @@ def test_a_full_pool_means_fewer_drafts_and_no_error(engines, oracle):
 def test_a_video_whose_embeddings_are_gone_is_not_drafted_for(engines):
     engine = engines(QWEN, drafter=1, lvspec={"embedding_cache_gib": 1e-9})
     data = {"video": [video(3, 8)]}
+    body = QWEN.video + "the red circle moves up, then left. " * 5
     requests = [
-        Request(
-            "video", turn("user", QWEN.video + ask), data, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
-        )
+        Request("video", turn("user", body + ask), data, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
         for ask in ("Describe the video.", "Which object moves first?")
     ]
     got = engine.run(requests, (1,))
@@ -156,11 +157,12 @@ def test_structured_output_and_several_answers_work(engines):
     engine = engines(QWEN, drafter=1)
     data = {"image": [image(3)]}
     prompt = turn("user", QWEN.image + "Describe the image.") + "<|im_start|>assistant\n"
-    choices = StructuredOutputsParams(choice=["a red circle moves", "a blue square slides to the left"])
+    answers = ["a red circle moves", "a blue square slides to the left"]
+    choices = StructuredOutputsParams(choice=list(answers))
     forced = Request("image", prompt, data, SamplingParams(temperature=0, max_tokens=40, structured_outputs=choices))
     several = Request("image", prompt, data, SamplingParams(temperature=1.0, seed=3, n=3, max_tokens=20))
     (one, many) = engine.run([forced, several])
-    assert one.outputs[0].text in choices.choice
+    assert one.outputs[0].text in answers
     assert token_ids([one]) == token_ids(engines(QWEN).run([forced]))
     assert len({o.text for o in many.outputs}) == 3
 

@@ -1,4 +1,4 @@
-"""Compile every kernel for one target without a GPU: `python compile_for.py cuda 90`; prints the size of each binary."""
+"""Compile every kernel without a GPU: `python compile_for.py cuda 90`; prints the size of each binary."""
 
 import sys
 

@@ -200,7 +200,10 @@ def test_an_item_is_encoded_once_and_found_again_without_its_pixels():
     first = make_request("a")
     drafter.propose([first], 2)
     drafter.release("a")
-    stripped = make_request("a", payload=False)
+    full = make_request("a", payload=False)
+    # Without its pixels the item's grid may be unknown.
+    items = [VisualItem(i.identifier, True, VisualGrid(1, 1, 8), i.rows, None) for i in full.items]
+    stripped = DraftRequest("a", full.token_ids, 20, items, None, 100)
     assert drafter.propose([stripped], 2) == [oracle(first, 0.5, 2)]
     assert model.encoded == 1
 

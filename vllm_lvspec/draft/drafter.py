@@ -18,6 +18,12 @@ from vllm_lvspec.draft.pages import DraftSequence, PagePool
 from vllm_lvspec.draft.pruning import Strategy, VisualGrid
 from vllm_lvspec.kernels.advance_decode import advance_decode
 
+# What is counted: requests and tokens drafted for, forwards of the model, and requests that could not be drafted for in
+# a step because no room was left in their length, no page in the pool, or their visual embeddings can't be had.
+COUNTS = (
+    "drafted_requests", "drafted_tokens", "forwards", "skipped_length", "skipped_pool_full", "skipped_embeddings",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class VisualItem:
@@ -114,7 +120,7 @@ class Drafter:
         self.sequences: dict[str, DraftSequence] = {}
         self._prompts: dict[str, _Prompt] = {}
         self._undraftable: set[str] = set()
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
 
     def release(self, req_id: str) -> None:
         """Forget a request that has finished, was aborted or preempted; unknown ones are fine."""
@@ -158,9 +164,12 @@ class Drafter:
         if req_id in self._undraftable:
             self.counts["skipped_embeddings"] += 1
             return False
+        known: list[KeptEmbeddings | None] = []
         if sequence is None:
-            kept = [self._kept_rows(item) for item in request.items]
-            sequence = DraftSequence(request.num_prompt_tokens, self._kept_tokens(request, kept))
+            known = [self.embeddings.get(item.identifier) for item in request.items]
+            if any(hit is None and item.payload is None for hit, item in zip(known, request.items, strict=True)):
+                return self._give_up(req_id)
+            sequence = DraftSequence(request.num_prompt_tokens, self._kept_tokens(request, known))
         num_entries = len(request.token_ids) - sequence.num_hidden
         # The newest token was never in the cache, and drafted ones that were rejected are not valid there.
         sequence.num_cached = min(sequence.num_cached, num_entries - 1)
@@ -169,48 +178,44 @@ class Drafter:
             return False
         if req_id not in self.sequences:
             self.sequences[req_id] = sequence
-            visual = self._visual_embeddings(request)
+            visual = self._encode_missing(request, known)
             if visual is None:
-                self.release(req_id)
-                self._undraftable.add(req_id)
-                self.counts["skipped_embeddings"] += 1
-                return False
+                return self._give_up(req_id)
             self._prompts[req_id] = self._build_prompt(request, sequence, visual)
         return True
+
+    def _give_up(self, req_id: str) -> bool:
+        """The request's visual embeddings can't be had; it is not drafted for until it is released."""
+        self.release(req_id)
+        self._undraftable.add(req_id)
+        self.counts["skipped_embeddings"] += 1
+        return False
 
     def _kept_rows(self, item: VisualItem) -> torch.Tensor:
         if not item.is_video:
             return torch.arange(len(item.rows))
         return self.prune(item.grid, self.ratio)
 
-    def _kept_tokens(self, request: DraftRequest, kept: list[torch.Tensor]) -> list[int]:
+    def _kept_tokens(self, request: DraftRequest, known: list[KeptEmbeddings | None]) -> list[int]:
         mask = np.ones(request.num_prompt_tokens, dtype=bool)
-        for item, indices in zip(request.items, kept, strict=True):
+        for item, hit in zip(request.items, known, strict=True):
+            # An item without its pixels may have no grid either; what was kept of it is known with its embeddings.
+            indices = self._kept_rows(item) if hit is None else hit.indices
             mask[item.rows] = False
             mask[item.rows[indices.numpy()]] = True
         return np.flatnonzero(mask).tolist()
 
-    def _visual_embeddings(self, request: DraftRequest) -> list[KeptEmbeddings] | None:
-        """Kept embeddings of all items, encoded where they are not at hand; None where that can't be done."""
-        found: dict[str, KeptEmbeddings] = {}
-        missing: dict[str, VisualItem] = {}
-        for item in request.items:
-            hit = self.embeddings.get(item.identifier)
-            if hit is not None:
-                found[item.identifier] = hit
-            elif item.payload is None:
+    def _encode_missing(self, request: DraftRequest, known: list[KeptEmbeddings | None]) -> list[KeptEmbeddings] | None:
+        """Kept embeddings of all items; None where the encoder does not give what the prompt has room for."""
+        found = {item.identifier: hit for item, hit in zip(request.items, known, strict=True) if hit is not None}
+        missing = {item.identifier: item for item in request.items if item.identifier not in found}
+        encoded = self.model.encode([item.payload for item in missing.values()]) if missing else []
+        for item, full in zip(missing.values(), encoded, strict=True):
+            if len(full) != len(item.rows):
                 return None
-            else:
-                missing[item.identifier] = item
-        if missing:
-            encoded = self.model.encode([item.payload for item in missing.values()])
-            for item, full in zip(missing.values(), encoded, strict=True):
-                if len(full) != len(item.rows):
-                    return None
-                indices = self._kept_rows(item)
-                kept = KeptEmbeddings(indices, full[indices.to(full.device)].clone())
-                found[item.identifier] = kept
-                self.embeddings.put(item.identifier, kept)
+            indices = self._kept_rows(item)
+            found[item.identifier] = KeptEmbeddings(indices, full[indices.to(full.device)].clone())
+            self.embeddings.put(item.identifier, found[item.identifier])
         return [found[item.identifier] for item in request.items]
 
     def _build_prompt(self, request: DraftRequest, sequence: DraftSequence, visual: list[KeptEmbeddings]) -> _Prompt:

@@ -27,7 +27,7 @@ def default_draft_model(target: str) -> str | None:
     """
     path = Path(target)
     if path.is_dir():
-        path = path.resolve()
+        path = path.absolute()
         partner = {**KNOWN_PAIRS, "target": "draft"}.get(path.name)
         return str(path.with_name(partner)) if partner and path.with_name(partner).is_dir() else None
     owner, _, name = target.rpartition("/")

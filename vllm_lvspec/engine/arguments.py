@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_lvspec.config import METHOD, LVSpecConfig, LVSpecConfigError, names_lvspec
-from vllm_lvspec.engine.compatibility import check_engine, resolve_drafter
+from vllm_lvspec.engine.compatibility import check_arguments, check_engine, resolve_drafter
 from vllm_lvspec.engine.versions import require_tested_vllm
 
 logger = init_logger("vllm.lvspec")
@@ -78,6 +78,7 @@ def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) ->
             return create_engine_config(self, *args, **kwargs)
         require_tested_vllm()
         config = LVSpecConfig.parse(self.speculative_config)
+        check_arguments(self)
         if self.worker_cls not in ("auto", CPU_WORKER, GPU_WORKER):
             raise LVSpecConfigError(f"worker_cls={self.worker_cls!r}: lvspec brings its own worker; leave it unset")
         if config.model is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config import ModelConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.tokenizers.registry import get_tokenizer
 
 from vllm_lvspec.config import LVSpecConfig, LVSpecConfigError
@@ -60,6 +61,40 @@ def draft_model_config(target: ModelConfig, config: LVSpecConfig) -> ModelConfig
     return draft
 
 
+# Arguments of vLLM that lvspec has no support for, and the values that are fine.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "pipeline_parallel_size": (1,),
+    "data_parallel_size": (1,),
+    "prefill_context_parallel_size": (1,),
+    "decode_context_parallel_size": (1,),
+    "enable_dbo": (False,),
+    "enable_lora": (False, None),
+    "enable_sleep_mode": (False,),
+    "enable_prompt_embeds": (False,),
+    "enable_mm_embeds": (False,),
+    "video_pruning_rate": (None, 0.0),
+    "mm_encoder_only": (False,),
+    "language_model_only": (False,),
+    "kv_transfer_config": (None,),
+    "kv_offloading_size": (None,),
+    "ec_transfer_config": (None,),
+    "weight_transfer_config": (None,),
+    "diffusion_config": (None,),
+    "watermark_config": (None,),
+}
+
+
+def check_arguments(args: EngineArgs) -> None:
+    """Raise LVSpecConfigError, naming key and value, for arguments that lvspec has no support for.
+
+    Before vLLM reads them, because some it would refuse itself with another, less fitting reason.
+    """
+    for key, allowed in UNSUPPORTED.items():
+        value = getattr(args, key)
+        shown = repr(value) if isinstance(value, bool | int | float | str) else type(value).__name__
+        _require(value in allowed, f"{key}={shown}: not supported with lvspec; must be {allowed[0]!r}")
+
+
 def check_engine(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
     """Raise LVSpecConfigError, naming key, value and what would be right, for whatever can't work with lvspec."""
     target = vllm_config.model_config
@@ -70,8 +105,6 @@ def check_engine(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
     )
     _require(not target.is_encoder_decoder, f"model={target.model!r}: encoder-decoder targets are not supported")
     _require(not target.is_hybrid, f"model={target.model!r}: targets with recurrent layers are not supported")
-    for key, value, allowed in _settings(vllm_config):
-        _require(value in allowed, f"{key}={value!r}: not supported with lvspec; must be {allowed[0]!r}")
     draft = draft_model_config(target, config)
     _require(
         draft.is_multimodal_model,
@@ -86,32 +119,6 @@ def check_engine(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise LVSpecConfigError(message)
-
-
-def _settings(vllm_config: VllmConfig) -> list[tuple[str, Any, tuple]]:
-    """Settings of vLLM that lvspec has no support for: key, value, and the values that are fine."""
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    multimodal = model.get_multimodal_config()
-    return [
-        ("pipeline_parallel_size", parallel.pipeline_parallel_size, (1,)),
-        ("data_parallel_size", parallel.data_parallel_size, (1,)),
-        ("prefill_context_parallel_size", parallel.prefill_context_parallel_size, (1,)),
-        ("decode_context_parallel_size", parallel.decode_context_parallel_size, (1,)),
-        ("enable_dbo", parallel.enable_dbo, (False,)),
-        ("enable_lora", vllm_config.lora_config is not None, (False,)),
-        ("enable_sleep_mode", model.enable_sleep_mode, (False,)),
-        ("enable_prompt_embeds", model.enable_prompt_embeds, (False,)),
-        ("enable_mm_embeds", multimodal.enable_mm_embeds, (False,)),
-        ("video_pruning_rate", multimodal.video_pruning_rate, (None, 0.0)),
-        ("mm_encoder_only", multimodal.mm_encoder_only, (False,)),
-        ("language_model_only", multimodal.language_model_only, (False,)),
-        ("kv_transfer_config", vllm_config.kv_transfer_config, (None,)),
-        ("kv_offloading_size", vllm_config.cache_config.kv_offloading_size, (None,)),
-        ("ec_transfer_config", vllm_config.ec_transfer_config, (None,)),
-        ("weight_transfer_config", vllm_config.weight_transfer_config, (None,)),
-        ("diffusion_config", vllm_config.diffusion_config, (None,)),
-        ("watermark_config", vllm_config.watermark_config, (None,)),
-    ]
 
 
 def _check_tokenizer(target: ModelConfig, config: LVSpecConfig) -> None:

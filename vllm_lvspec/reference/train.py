@@ -148,7 +148,7 @@ def batch_attention_over_frames(model) -> None:
 def main(
     role: Annotated[str, typer.Argument(help="target or draft")],
     out: Annotated[Path, typer.Option(help="checkpoint's folder; state.pt in it is what a stopped run goes on from")],
-    steps: int = 2400,
+    steps: int = 2200,
     batch_size: int = 16,
     learning_rate: float = 1.5e-3,
     patch_weight: float = 1.0,

@@ -1,0 +1,157 @@
+"""The bundled pair behind `vllm serve`, over the OpenAI API."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import io
+import json
+import subprocess
+import time
+
+import openai
+import pytest
+from PIL import Image
+
+from vllm_lvspec.reference import CLIPS, TARGET
+from vllm_lvspec.reference.scenes import Scene, score_caption
+from vllm_lvspec.serving import ServerError, _vllm_command, serve
+
+CLIP = CLIPS / "shapes-1.mp4"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serve(
+        TARGET, "--speculative-config", "lvspec", "--max-model-len", "1024", "--max-num-seqs", "4",
+        "--dtype", "float32", "--enforce-eager", "--served-model-name", "reference",
+        "--allowed-local-media-path", str(CLIPS),
+    ) as running:  # fmt: skip
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+
+
+def data_url(data: bytes, kind: str = "video/mp4") -> str:
+    return f"data:{kind};base64," + base64.b64encode(data).decode()
+
+
+def message(text: str, url: str | None = None, kind: str = "video_url") -> list:
+    content = [{"type": kind, kind: {"url": url}}] if url else []
+    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
+def ask(client, messages, **options):
+    return client.chat.completions.create(
+        model="reference", messages=messages, **{"temperature": 0, "max_tokens": 120, **options}
+    )
+
+
+def test_a_video_is_described_streamed_or_not_from_a_file_or_a_data_url(client, server):
+    before = server.metric("vllm:spec_decode_num_accepted_tokens_total")
+    whole = ask(client, message("Describe the video.", data_url(CLIP.read_bytes()))).choices[0].message.content
+    from_file = ask(client, message("Describe the video.", CLIP.as_uri())).choices[0].message.content
+    stream = ask(client, message("Describe the video.", CLIP.as_uri()), stream=True)
+    pieces = [c.choices[0].delta.content or "" for c in stream if c.choices]
+    assert whole == from_file == "".join(pieces)
+    assert len(pieces) > 3
+    scene = Scene.from_seed(json.loads((CLIPS / "seeds.json").read_text())[CLIP.name])
+    assert score_caption(scene, whole).accuracy > 0.5
+    assert server.metric("vllm:spec_decode_num_accepted_tokens_total") > before
+
+
+def test_images_texts_and_further_turns_are_answered(client):
+    frame = io.BytesIO()
+    Image.fromarray(Scene.from_seed(901).render(1)[0]).save(frame, "png")
+    answer = ask(client, message("Describe the image.", data_url(frame.getvalue(), "image/png"), "image_url"))
+    assert answer.choices[0].message.content
+    assert ask(client, message("How many objects are there?")).choices[0].finish_reason in ("stop", "length")
+    first = message("Describe the video.", CLIP.as_uri())
+    reply = ask(client, first).choices[0].message.content
+    turns = [*first, {"role": "assistant", "content": reply}, *message("Which object moves first?")]
+    assert "moves" in ask(client, turns).choices[0].message.content
+
+
+def test_sampling_options_behave(client):
+    video = message("Describe the video.", CLIP.as_uri())
+    plain = ask(client, video).choices[0].message.content
+    word = plain.split()[6]
+    stopped = ask(client, video, stop=[word]).choices[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.message.content == plain[: plain.index(word)]
+    several = ask(client, video, n=3, temperature=1.0, seed=5)
+    assert len({c.message.content for c in several.choices}) > 1
+    logged = ask(client, video, logprobs=True, top_logprobs=2, max_tokens=20).choices[0]
+    assert "".join(t.token for t in logged.logprobs.content) == logged.message.content
+    assert all(t.logprob >= max(x.logprob for x in t.top_logprobs) - 1e-6 for t in logged.logprobs.content)
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    forced = ask(client, video, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    text = forced.choices[0].message.content
+    assert text.lstrip().startswith("{")
+    if forced.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(text)["n"], int)
+
+
+@pytest.mark.parametrize("option", [{"extra_body": {"min_p": 0.1}}, {"logit_bias": {"300": 5}}])
+def test_what_vllm_refuses_under_speculation_is_a_400(option, client, server):
+    with pytest.raises(openai.BadRequestError):
+        ask(client, message("Describe the video.", CLIP.as_uri()), **option)
+    assert server.is_healthy()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"not a video", CLIP.read_bytes()[:400], CLIP.read_bytes()[:64] + bytes(3000)],
+    ids=["empty", "text", "truncated", "zeros"],
+)
+def test_a_corrupt_video_is_a_4xx_and_the_server_lives(data, client, server):
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(client, message("Describe the video.", data_url(data)))
+    assert 400 <= caught.value.status_code < 500
+    assert server.is_healthy()
+    assert ask(client, message("Describe the video.", CLIP.as_uri())).choices[0].message.content
+
+
+def test_a_prompt_that_is_too_long_is_a_400(client, server):
+    with pytest.raises(openai.BadRequestError):
+        ask(client, message("the red circle moves " * 600, CLIP.as_uri()))
+    assert server.is_healthy()
+
+
+def test_cancelled_streams_leave_nothing_running_and_others_unharmed(client, server):
+    video = message("Describe the video.", CLIP.as_uri())
+    want = ask(client, video).choices[0].message.content
+
+    def cancelled() -> None:
+        stream = ask(client, video, stream=True, max_tokens=800, extra_body={"ignore_eos": True})
+        for _, _chunk in zip(range(3), stream, strict=False):
+            pass
+        stream.close()
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        broken = [pool.submit(cancelled) for _ in range(8)]
+        whole = [pool.submit(ask, client, video) for _ in range(4)]
+        for job in broken:
+            job.result()
+        assert {job.result().choices[0].message.content for job in whole} == {want}
+    for _ in range(100):
+        if server.metric("vllm:num_requests_running") == 0:
+            break
+        time.sleep(0.1)
+    assert server.metric("vllm:num_requests_running") == 0
+
+
+def test_a_wrong_setting_ends_vllm_serve_with_one_line():
+    command = [*_vllm_command(), "serve", str(TARGET), "-sc", '{"method": "lvspec", "pruning_ratio": 1.0}']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "pruning_ratio=1.0: must be less than 1" in done.stderr.splitlines()[-1]
+
+
+def test_a_server_that_can_not_start_says_why_and_leaves_nothing_behind():
+    with pytest.raises(ServerError, match="no such drafter"):
+        with serve(TARGET, "--speculative-config", "lvspec:/no/such/drafter", timeout=120):
+            pass
