@@ -243,6 +243,7 @@ def test_what_this_package_relies_on_in_vllm_is_there():
     runner = inspect.getsource(GPUModelRunner)
     for use in (
         "self._input_fits_in_drafter(",
+        "sampler_output = self._sample(logits, spec_decode_metadata)",
         "self._on_request_state_removed(req_id, req_state)",
         "self.drafter.load_model(",
         "gen.set_offset(gen.get_offset() - 4)",

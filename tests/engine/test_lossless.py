@@ -151,6 +151,18 @@ def test_a_video_whose_embeddings_are_gone_is_not_drafted_for(engines):
     assert token_ids(got) == token_ids(engines(QWEN).run(requests, (1,)))
 
 
+def test_every_mix_of_sampling_limits_is_served_also_before_anyone_has_a_draft(engines):
+    engine = engines(QWEN, drafter=1)
+    requests = generate_requests(QWEN, 16, seed=9)
+    for i, request in enumerate(requests):
+        request.params = SamplingParams(
+            temperature=(0.0, 1.0)[i % 2], top_k=(0, 3)[i // 2 % 2], top_p=(1.0, 0.8)[i // 4 % 2], max_tokens=1 + i
+        )
+    for size in (1, 8):
+        outputs = engine.run(requests, (size,))
+        assert all(0 < len(tokens) <= 1 + i for i, tokens in enumerate(token_ids(outputs)))
+
+
 def test_structured_output_and_several_answers_work(engines):
     from vllm.sampling_params import StructuredOutputsParams
 

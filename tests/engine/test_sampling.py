@@ -26,19 +26,19 @@ def chi_square_p_value(first: Counter, second: Counter, least: int = 12) -> floa
     expected = table.sum(1, keepdim=True) * table.sum(0, keepdim=True) / table.sum()
     statistic = ((table - expected) ** 2 / expected).sum()
     freedom = len(table) - 1
-    assert freedom >= 8
+    assert freedom >= 8, "too few outcomes to tell anything"
     return float(torch.special.gammaincc(torch.tensor(freedom / 2, dtype=torch.float64), statistic / 2))
 
 
 def test_the_distribution_is_that_of_the_target_alone(engines):
-    with_drafter = engines(QWEN, drafter=0, lvspec={"pruning": "none", "num_speculative_tokens": 2})
     plain = engines(QWEN)
-    for temperature, top_k, top_p in ((3.0, 4, 1.0), (2.0, 6, 0.8)):
+    with_drafter = engines(QWEN, drafter=0, lvspec={"pruning": "none", "num_speculative_tokens": 2})
+    for temperature, top_k, top_p in ((1.5, 8, 0.95), (2.0, 3, 1.0)):
         ours = draw(with_drafter, temperature, top_k, top_p)
         theirs = draw(plain, temperature, top_k, top_p)
         assert chi_square_p_value(ours, theirs) > 1e-4
     # The test can tell distributions apart, and drafts were both accepted and rejected.
-    assert chi_square_p_value(ours, draw(plain, 5.0, 6, 0.8)) < 1e-4
+    assert chi_square_p_value(ours, draw(plain, 1.2, 3, 1.0)) < 1e-4
     accepted = with_drafter.metric("spec_decode_num_accepted_tokens")
     drafted = with_drafter.metric("spec_decode_num_draft_tokens")
     assert 0.1 * drafted < accepted < 0.95 * drafted

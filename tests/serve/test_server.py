@@ -95,7 +95,7 @@ def test_sampling_options_behave(client):
         assert isinstance(json.loads(text)["n"], int)
 
 
-@pytest.mark.parametrize("option", [{"extra_body": {"min_p": 0.1}}, {"logit_bias": {"300": 5}}])
+@pytest.mark.parametrize("option", [{"extra_body": {"min_p": 0.1}, "temperature": 1.0}, {"logit_bias": {"300": 5}}])
 def test_what_vllm_refuses_under_speculation_is_a_400(option, client, server):
     with pytest.raises(openai.BadRequestError):
         ask(client, message("Describe the video.", CLIP.as_uri()), **option)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -31,6 +33,13 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         for req_id in scheduler_output.preempted_req_ids or ():
             self.drafter.release(req_id)
         return super()._update_states(scheduler_output)
+
+    def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
+        # In a batch where nobody has a draft, vLLM still sends all requests through its rejection sampler, which then
+        # masks an empty tensor, does needless work, and dies of `top_k` without `top_p` where no GPU kernel masks it.
+        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
+            spec_decode_metadata = None
+        return super()._sample(logits, spec_decode_metadata)
 
     def propose_draft_token_ids(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         self.drafter.begin_step(scheduler_output, self.input_batch.req_ids, self.requests)

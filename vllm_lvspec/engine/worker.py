@@ -8,6 +8,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_lvspec.config import LVSpecConfigError
+from vllm_lvspec.engine.cpu_kernels import register_cpu_kernels
 from vllm_lvspec.engine.runner import LVSpecCPUModelRunner, LVSpecGPUModelRunner
 
 
@@ -22,6 +23,7 @@ class LVSpecWorker(Worker):
 class LVSpecCPUWorker(LVSpecWorker, CPUWorker):
     def init_device(self) -> None:
         super().init_device()
+        register_cpu_kernels()
         # vLLM builds its runner inside `init_device`; nothing has been loaded into it yet.
         self.model_runner = LVSpecCPUModelRunner(self.vllm_config, torch.device("cpu"))
 

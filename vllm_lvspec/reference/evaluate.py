@@ -47,6 +47,7 @@ def run(scenes: list[Scene], target: Path, lvspec: dict[str, Any] | None, dtype:
         dtype=dtype,
         max_model_len=1024,
         max_num_seqs=4,
+        kv_cache_memory_bytes=2**28,
         speculative_config=lvspec,
         disable_log_stats=False,
         enable_prefix_caching=False,

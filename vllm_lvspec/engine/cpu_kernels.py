@@ -1,0 +1,68 @@
+"""Two of vLLM 0.32's kernels for CPUs, put right, so that sampling under speculation keeps the target's distribution.
+
+`expand_kernel` writes temperature, top-k and top-p of each request to its drafted tokens; vLLM's version for CPUs
+writes into a converted copy unless the values are int64, and what the sampler then reads was never written. The other
+kernel takes vLLM's padding (drafted id -1) for a token, reads a probability outside its row, and may accept it. vLLM's
+versions for GPUs do neither. Both are replaced through vLLM's own registry of platform kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.triton_utils import HAS_TRITON
+from vllm.triton_utils.dispatcher import register_kernels
+from vllm.utils import cpu_triton_utils
+
+EXPAND = "vllm.v1.sample.rejection_sampler.expand_kernel"
+RANDOM_SAMPLE = "vllm.v1.sample.rejection_sampler.rejection_random_sample_kernel"
+
+
+def expand(
+    output: torch.Tensor,
+    values: torch.Tensor,
+    cu_num_tokens: torch.Tensor,
+    replace_from: float,
+    replace_to: float,
+    max_num_tokens: int | None = None,
+) -> None:
+    """Write `values [num_requests]`, each repeated for its request's drafted tokens, into `output [num_tokens]`.
+
+    `cu_num_tokens [num_requests]` are cumulated counts; values equal to `replace_from` become `replace_to`.
+    """
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    replaced = torch.where(values == replace_from, torch.as_tensor(replace_to, dtype=values.dtype), values)
+    output.copy_(replaced.repeat_interleave(counts))
+
+
+def rejection_random_sample(
+    output_token_ids: torch.Tensor,
+    cu_num_draft_tokens: torch.Tensor,
+    draft_token_ids: torch.Tensor,
+    draft_probs: torch.Tensor | None,
+    target_probs: torch.Tensor,
+    bonus_token_ids: torch.Tensor,
+    recovered_token_ids: torch.Tensor,
+    uniform_probs: torch.Tensor,
+    *rest: Any,
+) -> None:
+    """vLLM's kernel with padded drafted ids rejected: no probability reaches an infinite threshold."""
+    is_padding = draft_token_ids < 0
+    cpu_triton_utils._rejection_random_sample_kernel_impl(
+        output_token_ids,
+        cu_num_draft_tokens,
+        draft_token_ids.clamp(min=0),
+        draft_probs,
+        target_probs,
+        bonus_token_ids,
+        recovered_token_ids,
+        uniform_probs.masked_fill(is_padding, float("inf")),
+        *rest,
+    )
+
+
+def register_cpu_kernels() -> None:
+    """Replace vLLM's versions; needless where Triton itself runs on the CPU."""
+    if not HAS_TRITON:
+        register_kernels({EXPAND: expand, RANDOM_SAMPLE: rejection_random_sample})
