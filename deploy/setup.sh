@@ -20,6 +20,7 @@ case $stack in cpu | gpu) ;; *) say "LVSPEC_STACK=$stack: must be cpu or gpu" >&
 wanted=$(cat pyproject.toml setup.py deploy/setup.sh deploy/cpu/requirements.lock deploy/gpu/requirements.txt \
     deploy/cpu/alias/* | sha256sum | cut -d' ' -f1)-$stack-$PWD
 if [ -x "$venv/bin/lvspec" ] && [ "$(cat "$venv/.lvspec-stamp" 2>/dev/null)" = "$wanted" ]; then
+    say "$venv is up to date (${stack} stack)"
     exit 0
 fi
 

@@ -71,6 +71,7 @@ def run_demo(console: Console, max_tokens: int = 160) -> None:
         ("autoregressive", []),
     ):
         shown = " ".join(["vllm serve", TARGET.name, *arguments])
+        console.print(f"starting {shown} (about half a minute)")
         with console.status(shown) as status:
             with serve(TARGET, *common, *arguments, on_wait=partial(_show, status, shown)) as server:
                 status.stop()

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -104,7 +105,17 @@ def _tail(log: Path, lines: int = 30) -> str:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End the server and all its workers: politely first, then surely."""
+    """End the server and all its workers: politely first, then surely; another Ctrl-C does not cut this short."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main_thread else None
+    try:
+        _end_group(process)
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, handler)
+
+
+def _end_group(process: subprocess.Popen) -> None:
     for sign, patience in ((signal.SIGINT, 20), (signal.SIGTERM, 10), (signal.SIGKILL, 10)):
         try:
             os.killpg(process.pid, sign)

@@ -213,6 +213,19 @@ def test_an_untested_vllm_is_refused_by_name():
             require_tested_vllm(version)
 
 
+def test_another_vllm_is_left_alone_until_lvspec_is_asked_for(pair):
+    code = (
+        "import sys, vllm_lvspec.engine.versions as v; v.installed_vllm = lambda: '0.33.0'\n"
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        "plain = EngineArgs(model=sys.argv[1], max_model_len=512).create_engine_config()\n"
+        "assert 'vllm_lvspec.engine.compatibility' not in sys.modules\n"
+        "EngineArgs(model=sys.argv[1], speculative_config='lvspec').create_engine_config()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, pair[0]], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("vllm_lvspec.config.LVSpecConfigError: vllm==0.33.0: vllm-lvspec")
+
+
 def test_known_pairs_follow_the_way_the_target_is_named(pair, tmp_path):
     assert default_draft_model("Qwen/Qwen2.5-VL-32B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
     assert default_draft_model("Qwen2.5-VL-32B-Instruct") == "Qwen2.5-VL-7B-Instruct"

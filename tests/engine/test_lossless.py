@@ -163,6 +163,16 @@ def test_every_mix_of_sampling_limits_is_served_also_before_anyone_has_a_draft(e
         assert all(0 < len(tokens) <= 1 + i for i, tokens in enumerate(token_ids(outputs)))
 
 
+def test_new_target_weights_change_the_answers_and_the_old_drafter_does_not(engines, checkpoint):
+    requests = generate_requests(QWEN, 18, seed=12)
+    want = token_ids(engines(QWEN, target=3).run(requests))
+    engine = engines(QWEN, drafter=0)
+    assert token_ids(engine.run(requests)) != want
+    engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": checkpoint("qwen2_5_vl", seed=3)})
+    assert engine.llm.reset_prefix_cache()
+    assert token_ids(engine.run(requests)) == want
+
+
 def test_structured_output_and_several_answers_work(engines):
     from vllm.sampling_params import StructuredOutputsParams
 

@@ -6,10 +6,14 @@ import base64
 import concurrent.futures
 import io
 import json
+import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import openai
+import psutil
 import pytest
 from PIL import Image
 
@@ -149,6 +153,21 @@ def test_a_wrong_setting_ends_vllm_serve_with_one_line():
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "pruning_ratio=1.0: must be less than 1" in done.stderr.splitlines()[-1]
+
+
+def test_an_interrupted_demo_leaves_no_process_behind():
+    demo = subprocess.Popen([str(Path(sys.executable).with_name("lvspec")), "demo"], stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(family := psutil.Process(demo.pid).children(recursive=True)) < 3:  # server, engine core, worker
+        assert time.monotonic() < deadline
+        assert demo.poll() is None
+        time.sleep(0.5)
+    demo.send_signal(signal.SIGINT)
+    output, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 130
+    assert "stopped" in output
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive
 
 
 def test_a_server_that_can_not_start_says_why_and_leaves_nothing_behind():

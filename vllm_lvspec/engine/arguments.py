@@ -19,7 +19,6 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_lvspec.config import METHOD, LVSpecConfig, LVSpecConfigError, names_lvspec
-from vllm_lvspec.engine.compatibility import check_arguments, check_engine, resolve_drafter
 from vllm_lvspec.engine.versions import require_tested_vllm
 
 logger = init_logger("vllm.lvspec")
@@ -77,6 +76,9 @@ def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) ->
         if not names_lvspec(self.speculative_config):
             return create_engine_config(self, *args, **kwargs)
         require_tested_vllm()
+        # Only now: in a vLLM that was not tested these imports might fail, in words that help nobody.
+        from vllm_lvspec.engine.compatibility import check_arguments, check_engine, resolve_drafter
+
         config = LVSpecConfig.parse(self.speculative_config)
         check_arguments(self)
         if self.worker_cls not in ("auto", CPU_WORKER, GPU_WORKER):
