@@ -1,23 +1,31 @@
 """Triton kernels run in the interpreter where no GPU is; compiled ones are made for GPUs that are not here."""
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
-HAS_GPU = torch.cuda.is_available()
+import vllm_lvspec.kernels.advance_decode
+
+MODULES = [vllm_lvspec.kernels.advance_decode]
 
 
-def pytest_configure() -> None:
-    if not HAS_GPU and "triton" not in sys.modules:
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+@pytest.fixture(autouse=True)
+def _interpret_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # `TRITON_INTERPRET` would have to be set before anything imports a kernel, engines of other tests included.
+    if torch.cuda.is_available():
+        return
+    for module in MODULES:
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                monkeypatch.setattr(module, name, InterpretedFunction(value.fn))
 
 
 @pytest.fixture
 def device() -> torch.device:
-    return torch.device("cuda" if HAS_GPU else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture
