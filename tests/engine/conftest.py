@@ -80,11 +80,12 @@ def engines(checkpoint: Callable[..., str]) -> Iterator[Callable[..., Engine]]:
             return running[key]
         while len(running) > 1:
             running.pop(next(iter(running))).close()
-        # A drafter of another seed has another padded vocabulary, too.
+        # Drafters and targets of other seeds have other padded vocabularies, too.
+        padded = {1: {"vocab_size": 704}, 4: {"vocab_size": 768}}
         path = None
         if drafter is not None:
-            path = checkpoint(family.checkpoint, **({"seed": drafter, "vocab_size": 704} if drafter else {"seed": 0}))
-        running[key] = Engine(checkpoint(family.checkpoint, seed=target), path, **options)
+            path = checkpoint(family.checkpoint, seed=drafter, **padded.get(drafter, {}))
+        running[key] = Engine(checkpoint(family.checkpoint, seed=target, **padded.get(target, {})), path, **options)
         return running[key]
 
     yield start

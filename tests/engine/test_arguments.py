@@ -64,8 +64,41 @@ def test_every_way_to_write_it_on_the_command_line_means_the_same(pair, tmp_path
         assert vllm_config.speculative_config.method == "custom_class"
         assert vllm_config.speculative_config.model == PROPOSER
         assert vllm_config.speculative_config.num_speculative_tokens == k
-        assert vllm_config.parallel_config.worker_cls.startswith("vllm_lvspec.engine.worker.")
+        assert vllm_config.parallel_config.worker_cls.startswith("vllm_lvspec.engine.")
         assert not vllm_config.scheduler_config.async_scheduling
+
+
+def test_vllms_short_options_say_the_same(pair):
+    target, draft = pair
+    for args in (
+        parse("--model", target, "--spec-method", "lvspec", "--spec-tokens", "3"),
+        parse("--model", target, "-sc", "lvspec", "--spec-tokens", "3", "--spec-model", draft),
+        EngineArgs(model=target, spec_method="lvspec", spec_tokens=3),
+    ):
+        config = lvspec_config(config_of(args))
+        assert (config.model, config.num_speculative_tokens) == (draft, 3)
+        assert args.spec_tokens == 3
+    both = parse("--model", target, "-sc.method", "lvspec", "-sc.num_speculative_tokens", "4", "--spec-tokens", "3")
+    with pytest.raises(LVSpecConfigError, match="num_speculative_tokens=4: given twice"):
+        config_of(both)
+
+
+def test_the_targets_configuration_is_what_it_would_be_without_a_drafter(pair):
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    options = {"model": pair[0], "per_request_spec_decode_metrics": "summary"}
+    ours = config_of(EngineArgs(speculative_config="lvspec", **options))
+    theirs = config_of(EngineArgs(speculative_config=ngram, **options))
+    for part in ("kernel_config", "cache_config", "scheduler_config", "observability_config", "compilation_config"):
+        assert repr(getattr(ours, part)) == repr(getattr(theirs, part)), part
+
+
+def test_the_worker_for_gpus_does_not_load_what_replaces_cuda_on_cpus():
+    code = (
+        "import sys, vllm_lvspec.engine.worker, vllm_lvspec.engine.runner, vllm_lvspec.engine.proposer; "
+        "print('vllm.v1.worker.cpu.shm' in sys.modules, 'vllm.v1.worker.cpu_worker' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == ["False", "False"]
 
 
 def test_the_users_arguments_stay_as_they_were(pair):
@@ -231,6 +264,9 @@ def test_known_pairs_follow_the_way_the_target_is_named(pair, tmp_path):
     assert default_draft_model("Qwen2.5-VL-32B-Instruct") == "Qwen2.5-VL-7B-Instruct"
     assert default_draft_model("llava-hf/llava-onevision-qwen2-72b-ov-hf") == "llava-hf/llava-onevision-qwen2-7b-ov-hf"
     assert default_draft_model("someone/something") is None
+    cached = tmp_path / "models--Qwen--Qwen2.5-VL-32B-Instruct" / "snapshots" / "0123abc"
+    cached.mkdir(parents=True)
+    assert default_draft_model(str(cached)) == "Qwen/Qwen2.5-VL-7B-Instruct"
     for name in ("Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-3B-Instruct", "Qwen2-VL-72B-Instruct"):
         (tmp_path / name).mkdir()
     assert default_draft_model(str(tmp_path / "Qwen2.5-VL-7B-Instruct")) == str(tmp_path / "Qwen2.5-VL-3B-Instruct")

@@ -163,6 +163,34 @@ def test_every_mix_of_sampling_limits_is_served_also_before_anyone_has_a_draft(e
         assert all(0 < len(tokens) <= 1 + i for i, tokens in enumerate(token_ids(outputs)))
 
 
+def test_ids_that_only_the_targets_padded_vocabulary_has_are_fine(engines):
+    prompt = {"prompt_token_ids": [5, 760, 9, 767, 11]}
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    want = engines(QWEN, target=4).llm.generate(prompt, params, use_tqdm=False)
+    engine = engines(QWEN, target=4, drafter=0)
+    got = engine.llm.generate(prompt, params, use_tqdm=False)
+    assert token_ids(got) == token_ids(want)
+    assert max(token_ids(got)[0]) >= 640
+    assert engine.stats()["drafted_tokens"] > 0
+
+
+def test_an_identifier_used_for_two_images_costs_no_more_than_drafts(engines):
+    engine = engines(QWEN, drafter=1)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    for side in (112, 56):
+        picture = image(3).resize((side, side))
+        prompt = {
+            "prompt": turn("user", QWEN.image + "Go on."),
+            "multi_modal_data": {"image": [picture]},
+            "multi_modal_uuids": {"image": ["the-same"]},
+        }
+        engine.llm.reset_mm_cache()
+        engine.llm.reset_prefix_cache()
+        engine.llm.llm_engine.reset_encoder_cache()
+        (output,) = engine.llm.generate(prompt, params, use_tqdm=False)
+        assert len(output.outputs[0].token_ids) == 8
+
+
 def test_new_target_weights_change_the_answers_and_the_old_drafter_does_not(engines, checkpoint):
     requests = generate_requests(QWEN, 18, seed=12)
     want = token_ids(engines(QWEN, target=3).run(requests))

@@ -46,7 +46,7 @@ def test_pages_are_never_owned_twice_and_never_lost(operations):
 
 
 def _item(rows: int) -> KeptEmbeddings:
-    return KeptEmbeddings(torch.arange(rows), torch.zeros(rows, 4))
+    return KeptEmbeddings(rows, torch.arange(rows), torch.zeros(rows, 4))
 
 
 def test_the_least_recently_used_embeddings_go_first():
@@ -54,20 +54,27 @@ def test_the_least_recently_used_embeddings_go_first():
     cache = EmbeddingCache(2 * size)
     cache.put("a", _item(3))
     cache.put("b", _item(3))
-    assert cache.get("a") is not None
+    assert cache.get("a", 3) is not None
     cache.put("c", _item(3))
-    assert cache.get("b") is None
-    assert cache.get("a") is not None
-    assert cache.get("c") is not None
+    assert cache.get("b", 3) is None
+    assert cache.get("a", 3) is not None
+    assert cache.get("c", 3) is not None
     assert cache.num_bytes == 2 * size
+
+
+def test_an_item_of_another_size_under_the_same_identifier_is_not_taken_for_it():
+    cache = EmbeddingCache(10**6)
+    cache.put("a", _item(3))
+    assert cache.get("a", 4) is None
+    assert cache.get("a", 3) is not None
 
 
 def test_embeddings_larger_than_the_bound_are_not_kept_and_evict_nothing():
     cache = EmbeddingCache(_item(3).num_bytes)
     cache.put("a", _item(3))
     cache.put("b", _item(30))
-    assert cache.get("b") is None
-    assert cache.get("a") is not None
+    assert cache.get("b", 3) is None
+    assert cache.get("a", 3) is not None
 
 
 def test_putting_an_item_again_counts_it_once():

@@ -33,15 +33,17 @@ class SlotModel:
     def prompt_positions(self, prompt, num_prompt_tokens):
         return torch.stack([torch.arange(num_prompt_tokens), 2 * torch.arange(num_prompt_tokens)]), 5
 
-    def encode(self, payloads):
-        self.encoded += len(payloads)
-        return [torch.arange(count * 3, dtype=torch.float32).view(count, 3) + seed for seed, count in payloads]
+    def encode(self, payload):
+        self.encoded += 1
+        seed, count = payload
+        return torch.arange(count * 3, dtype=torch.float32).view(count, 3) + seed
 
     def profile(self):
         pass
 
     def forward(self, batch, logits_rows):
         self.batches.append(batch)
+        assert torch.equal(batch.seq_lens, batch.seq_lens_cpu)
         assert len(batch.token_ids) <= self.max_batch_tokens
         visual = torch.cat(batch.visual) if batch.visual else torch.empty(0, 3)
         mask = (
@@ -72,7 +74,7 @@ def expected_entries(request: DraftRequest, kept: set[int], token_ids: list[int]
     """What the cache should hold for `token_ids`, from first principles."""
     values = {}
     for item in request.items:
-        full = SlotModel().encode([item.payload])[0]
+        full = SlotModel().encode(item.payload)
         values.update({int(row): float(full[j, 0]) for j, row in enumerate(item.rows)})
     entries = []
     for i, token in enumerate(token_ids):
@@ -222,7 +224,7 @@ def test_a_request_whose_embeddings_are_gone_is_skipped_counted_and_holds_no_pag
 
 def test_an_encoder_that_gives_another_number_of_embeddings_costs_only_the_drafts():
     model = SlotModel()
-    model.encode = lambda payloads: [torch.zeros(1, 3) for _ in payloads]
+    model.encode = lambda payload: torch.zeros(1, 3)
     drafter = make_drafter(model)
     assert drafter.propose([make_request()], 3) == [[]]
     assert drafter.counts["skipped_embeddings"] == 1

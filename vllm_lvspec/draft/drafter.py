@@ -57,8 +57,9 @@ class DraftBatch:
     """Inputs of one forward over `num_rows` requests.
 
     `token_ids [num_tokens]` int64, `positions [dims, num_tokens]` int64, `slots [num_tokens]` int64, `query_starts
-    [num_rows + 1]` int32, `seq_lens [num_rows]` int32, `block_table [num_rows, max_pages]` int32. `visual_mask
-    [num_tokens]` (bool, on the host) marks the tokens that `visual` (rows in order) replaces; None where there is none.
+    [num_rows + 1]` int32, `seq_lens [num_rows]` int32 (both also on the host), `block_table [num_rows, max_pages]`
+    int32. `visual_mask [num_tokens]` (bool, on the host) marks the tokens that `visual` (rows in order) replaces; None
+    where there is none.
     """
 
     token_ids: torch.Tensor
@@ -67,6 +68,7 @@ class DraftBatch:
     query_starts: torch.Tensor
     query_starts_cpu: torch.Tensor
     seq_lens: torch.Tensor
+    seq_lens_cpu: torch.Tensor
     block_table: torch.Tensor
     max_query_len: int
     max_seq_len: int
@@ -86,8 +88,8 @@ class DraftModel(Protocol):
         """Positions of the whole prompt `[dims, num_prompt_tokens]`, and what is added to the index of later ones."""
         ...
 
-    def encode(self, payloads: list[Any]) -> list[torch.Tensor]:
-        """Visual embeddings `[num_embeddings, width]` of each payload."""
+    def encode(self, payload: Any) -> torch.Tensor:
+        """Visual embeddings `[num_embeddings, width]` of one item."""
         ...
 
     def forward(self, batch: DraftBatch, logits_rows: torch.Tensor) -> torch.Tensor:
@@ -166,7 +168,7 @@ class Drafter:
             return False
         known: list[KeptEmbeddings | None] = []
         if sequence is None:
-            known = [self.embeddings.get(item.identifier) for item in request.items]
+            known = [self.embeddings.get(item.identifier, len(item.rows)) for item in request.items]
             if any(hit is None and item.payload is None for hit, item in zip(known, request.items, strict=True)):
                 return self._give_up(req_id)
             sequence = DraftSequence(request.num_prompt_tokens, self._kept_tokens(request, known))
@@ -209,12 +211,13 @@ class Drafter:
         """Kept embeddings of all items; None where the encoder does not give what the prompt has room for."""
         found = {item.identifier: hit for item, hit in zip(request.items, known, strict=True) if hit is not None}
         missing = {item.identifier: item for item in request.items if item.identifier not in found}
-        encoded = self.model.encode([item.payload for item in missing.values()]) if missing else []
-        for item, full in zip(missing.values(), encoded, strict=True):
+        for item in missing.values():
+            # One by one: the encoder's memory was profiled for one item, and only what is kept of it stays.
+            full = self.model.encode(item.payload)
             if len(full) != len(item.rows):
                 return None
             indices = self._kept_rows(item)
-            found[item.identifier] = KeptEmbeddings(indices, full[indices.to(full.device)].clone())
+            found[item.identifier] = KeptEmbeddings(len(full), indices, full[indices.to(full.device)].clone())
             self.embeddings.put(item.identifier, found[item.identifier])
         return [found[item.identifier] for item in request.items]
 
@@ -245,6 +248,7 @@ class Drafter:
                 batch = _first_rows(batch, active)
                 batch.token_ids = newest[:active]
                 batch.max_seq_len += 1
+                batch.seq_lens_cpu = batch.seq_lens_cpu + 1
                 advance_decode(
                     batch.positions, batch.seq_lens, batch.slots, batch.block_table, self.model.pool.page_size
                 )
@@ -324,6 +328,7 @@ class Drafter:
             query_starts=starts.to(device),
             query_starts_cpu=starts,
             seq_lens=torch.tensor(ends, dtype=torch.int32, device=device),
+            seq_lens_cpu=torch.tensor(ends, dtype=torch.int32),
             block_table=self._block_table(sequences),
             max_query_len=max(lens),
             max_seq_len=max(ends),
@@ -348,6 +353,7 @@ class Drafter:
             query_starts=starts.to(device),
             query_starts_cpu=starts,
             seq_lens=torch.tensor(lens, dtype=torch.int32, device=device),
+            seq_lens_cpu=torch.tensor(lens, dtype=torch.int32),
             block_table=self._block_table(sequences),
             max_query_len=1,
             max_seq_len=max(lens),
@@ -373,6 +379,7 @@ def _first_rows(batch: DraftBatch, count: int) -> DraftBatch:
         query_starts=batch.query_starts[: count + 1],
         query_starts_cpu=batch.query_starts_cpu[: count + 1],
         seq_lens=batch.seq_lens[:count],
+        seq_lens_cpu=batch.seq_lens_cpu[:count],
         block_table=batch.block_table[:count],
         max_query_len=1,
         max_seq_len=batch.max_seq_len,

@@ -10,12 +10,13 @@ import torch
 
 @dataclass(frozen=True)
 class KeptEmbeddings:
-    """What the drafter sees of one image or video.
+    """What the drafter sees of one image or video that has `num_embeddings` embeddings in all.
 
     `indices [num_kept]` (int64, on the host) count among the item's embeddings; `embeddings [num_kept, width]` are the
     drafter's own, where `width` is its hidden size or, with deepstack levels, a multiple of it.
     """
 
+    num_embeddings: int
     indices: torch.Tensor
     embeddings: torch.Tensor
 
@@ -35,10 +36,12 @@ class EmbeddingCache:
     def __len__(self) -> int:
         return len(self._items)
 
-    def get(self, identifier: str) -> KeptEmbeddings | None:
+    def get(self, identifier: str, num_embeddings: int) -> KeptEmbeddings | None:
+        """The item, if it is known and has `num_embeddings`: clients may give two items the same identifier."""
         item = self._items.get(identifier)
-        if item is not None:
-            self._items.move_to_end(identifier)
+        if item is None or item.num_embeddings != num_embeddings:
+            return None
+        self._items.move_to_end(identifier)
         return item
 
     def put(self, identifier: str, item: KeptEmbeddings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 # Names of published checkpoints; a size may differ, the tokenizer may not.
@@ -26,7 +27,9 @@ def default_draft_model(target: str) -> str | None:
     beside one called `draft` is a pair.
     """
     path = Path(target)
-    if path.is_dir():
+    if cached := re.search(r"models--([^/]+?)--([^/]+)/snapshots/", target + "/"):
+        target = "/".join(cached.groups())  # where vLLM works offline it names the hub's cache
+    elif path.is_dir():
         path = path.absolute()
         partner = {**KNOWN_PAIRS, "target": "draft"}.get(path.name)
         return str(path.with_name(partner)) if partner and path.with_name(partner).is_dir() else None

@@ -24,8 +24,9 @@ from vllm_lvspec.engine.versions import require_tested_vllm
 logger = init_logger("vllm.lvspec")
 
 PROPOSER = "vllm_lvspec.engine.proposer.LVSpecProposer"
-CPU_WORKER = "vllm_lvspec.engine.worker.LVSpecCPUWorker"
+CPU_WORKER = "vllm_lvspec.engine.cpu.LVSpecCPUWorker"
 GPU_WORKER = "vllm_lvspec.engine.worker.LVSpecGPUWorker"
+SHORT_OPTIONS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
 
 
 def teach_engine_args() -> None:
@@ -50,6 +51,8 @@ def _with_lvspec_word(add_cli_args: Callable) -> Callable:
             if "--speculative-config" in action.option_strings:
                 assert callable(action.type)
                 action.type = _speculative_config_type(action.type)
+            if "--spec-method" in action.option_strings and action.choices is not None:
+                action.choices = [*action.choices, METHOD]
         return parser
 
     return wrapper
@@ -70,16 +73,31 @@ def _speculative_config_type(parse_json: Callable[[str], Any]) -> Callable[[str]
     return parse
 
 
+def _settings(args: EngineArgs) -> Any:
+    """`speculative_config` with `--spec-method`, `--spec-model` and `--spec-tokens` in it, as vLLM means them."""
+    short = {key: getattr(args, name) for name, key in SHORT_OPTIONS.items() if getattr(args, name) is not None}
+    settings = args.speculative_config
+    if not short or not (names_lvspec(settings) or (settings is None and names_lvspec(short))):
+        return settings
+    settings = LVSpecConfig.parse(settings).model_dump(exclude_unset=True) if settings is not None else {}
+    for key in short.keys() & settings.keys():
+        raise LVSpecConfigError(f"{key}={settings[key]!r}: given twice, in speculative_config and on its own")
+    return {"method": METHOD, **settings, **short}
+
+
 def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
     @functools.wraps(create_engine_config)
     def wrapper(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
-        if not names_lvspec(self.speculative_config):
+        settings = _settings(self)
+        if not names_lvspec(settings):
             return create_engine_config(self, *args, **kwargs)
         require_tested_vllm()
+        if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
+            raise LVSpecConfigError(f"device={current_platform.device_type!r}: lvspec runs on CPUs and on CUDA or ROCm")
         # Only now: in a vLLM that was not tested these imports might fail, in words that help nobody.
         from vllm_lvspec.engine.compatibility import check_arguments, check_engine, resolve_drafter
 
-        config = LVSpecConfig.parse(self.speculative_config)
+        config = LVSpecConfig.parse(settings)
         check_arguments(self)
         if self.worker_cls not in ("auto", CPU_WORKER, GPU_WORKER):
             raise LVSpecConfigError(f"worker_cls={self.worker_cls!r}: lvspec brings its own worker; leave it unset")
@@ -92,6 +110,7 @@ def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) ->
                 "num_speculative_tokens": config.num_speculative_tokens,
             },
             "additional_config": {**self.additional_config, METHOD: json.loads(config.model_dump_json())},
+            **dict.fromkeys(SHORT_OPTIONS),
             "worker_cls": CPU_WORKER if current_platform.is_cpu() else GPU_WORKER,
         }
         original = {name: getattr(self, name) for name in translated}

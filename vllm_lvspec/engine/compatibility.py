@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import CompilationConfig, CompilationMode, ModelConfig, VllmConfig
+from vllm.config.utils import replace as replace_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.tokenizers.registry import get_tokenizer
 
@@ -45,6 +48,7 @@ def draft_model_config(target: ModelConfig, config: LVSpecConfig) -> ModelConfig
             dtype=target.dtype,
             seed=target.seed,
             enforce_eager=True,
+            mm_device_do_normalize=multimodal.mm_device_do_normalize,
             limit_mm_per_prompt={name: limit.count for name, limit in multimodal.limit_per_prompt.items()},
             mm_encoder_tp_mode=multimodal.mm_encoder_tp_mode,
             mm_encoder_attn_backend=multimodal.mm_encoder_attn_backend,
@@ -59,6 +63,38 @@ def draft_model_config(target: ModelConfig, config: LVSpecConfig) -> ModelConfig
         ) from error
     draft.max_model_len = min(draft.max_model_len, target.max_model_len)
     return draft
+
+
+def draft_vllm_config(vllm_config: VllmConfig, config: LVSpecConfig) -> VllmConfig:
+    """The configuration that the drafter is built from. Raises LVSpecConfigError where vLLM refuses it."""
+    model_config = draft_model_config(vllm_config.model_config, config)
+    # vLLM writes into the parts of a configuration when it is made; the target must not see that.
+    cache = copy.deepcopy(vllm_config.cache_config)
+    cache.kv_cache_layout = cache.sliding_window = cache.num_gpu_blocks_override = cache.skip_page_size_padded = None
+    cache.cache_dtype = "auto"
+    cache.kv_cache_dtype_skip_layers = []
+    parallel = copy.deepcopy(vllm_config.parallel_config)
+    parallel.enable_expert_parallel = parallel.enable_eplb = False
+    observability = copy.deepcopy(vllm_config.observability_config)
+    observability.per_request_spec_decode_metrics = "none"
+    try:
+        return replace_config(
+            vllm_config,
+            model_config=model_config,
+            cache_config=cache,
+            parallel_config=parallel,
+            scheduler_config=copy.deepcopy(vllm_config.scheduler_config),
+            observability_config=observability,
+            kernel_config=copy.deepcopy(vllm_config.kernel_config),
+            compilation_config=CompilationConfig(mode=CompilationMode.NONE),
+            attention_config=replace(vllm_config.attention_config, backend=None),
+            additional_config={},
+            speculative_config=None,
+            quant_config=None,
+        )
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise LVSpecConfigError(f"model={config.model!r}: vLLM can't configure the drafter ({reason})") from error
 
 
 # Arguments of vLLM that lvspec has no support for, and the values that are fine.
@@ -114,6 +150,7 @@ def check_engine(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
     _check_tokenizer(target, config)
     _check_vision(target, draft)
     _check_heads(vllm_config, draft)
+    draft_vllm_config(vllm_config, config)
 
 
 def _require(condition: bool, message: str) -> None:

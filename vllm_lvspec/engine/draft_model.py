@@ -6,12 +6,11 @@ plans no KV cache for them.
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from vllm.config import CompilationConfig, CompilationMode, VllmConfig
-from vllm.config.utils import replace as replace_config
+from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -20,8 +19,8 @@ from vllm.model_executor.models.interfaces import supports_mrope
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm.utils.mem_constants import GiB_bytes
-from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
-from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 from vllm.v1.worker.utils import AttentionGroup, allocate_kv_cache, bind_kv_cache_to_layers, prepare_kernel_block_sizes
@@ -29,7 +28,8 @@ from vllm.v1.worker.utils import AttentionGroup, allocate_kv_cache, bind_kv_cach
 from vllm_lvspec.config import LVSpecConfig, LVSpecConfigError
 from vllm_lvspec.draft.drafter import DraftBatch
 from vllm_lvspec.draft.pages import PagePool
-from vllm_lvspec.engine.compatibility import draft_model_config
+from vllm_lvspec.engine.compatibility import draft_vllm_config
+from vllm_lvspec.kernels.advance_decode import advance_decode
 
 logger = init_logger("vllm.lvspec")
 
@@ -50,11 +50,12 @@ class VLLMDraftModel:
 
     def __init__(self, vllm_config: VllmConfig, config: LVSpecConfig, device: torch.device):
         self.device = device
-        self.vllm_config = _draft_vllm_config(vllm_config, config)
+        self.vllm_config = draft_vllm_config(vllm_config, config)
         model_config = self.vllm_config.model_config
         self.max_model_len = model_config.max_model_len
         self.max_batch_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self.shared_vocab_size = min(vllm_config.model_config.get_vocab_size(), model_config.get_vocab_size())
+        self.vocab_size = model_config.get_vocab_size()
+        self.shared_vocab_size = min(vllm_config.model_config.get_vocab_size(), self.vocab_size)
         self.model = get_model(vllm_config=self.vllm_config)
         self.uses_mrope = supports_mrope(self.model) and model_config.uses_mrope
         self._pin_memory = device.type == "cuda"
@@ -78,9 +79,9 @@ class VLLMDraftModel:
             )
         names = list(specs)
         backend = layers[names[0]].get_attn_backend()
-        layouts = backend.supported_kv_cache_layouts()
         cache_config = self.vllm_config.cache_config
-        resolve_kv_cache_layout(self.vllm_config, [[layout.name for layout in layouts or _any_layout()]], [spec])
+        layouts = [layout.name for layout in get_supported_kv_cache_layouts([backend])]
+        resolve_kv_cache_layout(self.vllm_config, [layouts], [spec])
         num_bytes = self._cache_bytes(config, spec, len(names))
         kv_config = get_kv_cache_config_from_groups(self.vllm_config, [KVCacheGroupSpec(names, spec)], num_bytes)
         self.group = AttentionGroup(backend=backend, layer_names=names, kv_cache_spec=spec, kv_cache_group_id=0)
@@ -94,7 +95,7 @@ class VLLMDraftModel:
         self.cache_bytes = sum(tensor.size for tensor in kv_config.kv_cache_tensors[:1])
 
     def _cache_bytes(self, config: LVSpecConfig, spec: FullAttentionSpec, num_layers: int) -> int:
-        """Size of the cache, the same on all ranks: it must not depend on what happens to be free."""
+        """Size of the cache, the same on all ranks: whether a request fits must be decided alike everywhere."""
         bytes_per_block = spec.page_size_bytes * num_layers
         if config.draft_cache_gib is not None:
             wanted = int(config.draft_cache_gib * GiB_bytes)
@@ -108,7 +109,7 @@ class VLLMDraftModel:
         blocks_per_request = -(-self.max_model_len // spec.block_size)
         everything = scheduler.max_num_seqs * blocks_per_request * bytes_per_block
         bound = min(DEFAULT_CACHE_GIB * GiB_bytes, DEFAULT_CACHE_SHARE * _device_memory(self.device))
-        return max(min(everything, int(bound)), bytes_per_block)
+        return _least_of_ranks(max(min(everything, int(bound)), bytes_per_block))
 
     # What the drafter asks for ------------------------------------------------------------------------------------
 
@@ -118,17 +119,12 @@ class VLLMDraftModel:
         positions, delta = self.model.get_mrope_input_positions(prompt.token_ids, prompt.features)
         return positions, int(delta)
 
-    def encode(self, payloads: list[MultiModalFeatureSpec]) -> list[torch.Tensor]:
-        order = sorted(range(len(payloads)), key=lambda i: payloads[i].modality)
-        items = [(payloads[i].modality, payloads[i].data) for i in order]
-        encoded: list[torch.Tensor] = []
-        for _, _, kwargs in group_and_batch_mm_kwargs(items, device=self.device, pin_memory=self._pin_memory):
-            # LLaVA-OneVision gives videos of different lengths a leading dimension of one.
-            encoded.extend(item.flatten(0, -2) for item in self.model.embed_multimodal(**kwargs))
-        result: list[torch.Tensor] = [encoded[0]] * len(payloads)
-        for i, embeddings in zip(order, encoded, strict=True):
-            result[i] = embeddings
-        return result
+    def encode(self, payload: MultiModalFeatureSpec) -> torch.Tensor:
+        item = (payload.modality, payload.data)
+        ((_, _, kwargs),) = group_and_batch_mm_kwargs([item], device=self.device, pin_memory=self._pin_memory)
+        (embeddings,) = self.model.embed_multimodal(**kwargs)
+        # vLLM's LLaVA-OneVision may give a video a leading dimension of one.
+        return embeddings.flatten(0, -2)
 
     def forward(self, batch: DraftBatch, logits_rows: torch.Tensor) -> torch.Tensor:
         num_tokens = len(batch.token_ids)
@@ -142,6 +138,7 @@ class VLLMDraftModel:
             max_seq_len=batch.max_seq_len,
             block_table_tensor=batch.block_table,
             slot_mapping=batch.slots,
+            seq_lens_cpu_upper_bound=batch.seq_lens_cpu,
         )
         metadata = self.group.get_metadata_builder().build(0, common)
         names = self.group.layer_names
@@ -152,7 +149,8 @@ class VLLMDraftModel:
             slot_mapping=dict.fromkeys(names, batch.slots),
         ):
             embeds = self.model.embed_input_ids(
-                batch.token_ids,
+                # A prompt may hold ids that only the target's padded vocabulary has.
+                batch.token_ids.clamp(max=self.vocab_size - 1),
                 multimodal_embeddings=batch.visual or None,
                 is_multimodal=None if batch.visual_mask is None else batch.visual_mask.to(self.device),
             )
@@ -164,49 +162,40 @@ class VLLMDraftModel:
 
     def profile(self) -> None:
         """Run the largest forward once, so that vLLM's memory profile has seen the drafter's activations."""
-        num_tokens = min(self.max_batch_tokens, self.pool.num_pages * self.pool.page_size, self.max_model_len)
-        num_pages = -(-num_tokens // self.pool.page_size)
-        starts = torch.tensor([0, num_tokens], dtype=torch.int32)
-        places = torch.arange(num_tokens, device=self.device)
-        self.forward(
-            DraftBatch(
-                token_ids=torch.zeros(num_tokens, dtype=torch.int64, device=self.device),
-                positions=places.expand(3, -1),
-                slots=places,
-                query_starts=starts.to(self.device),
-                query_starts_cpu=starts,
-                seq_lens=starts[1:].to(self.device),
-                block_table=torch.arange(num_pages, dtype=torch.int32, device=self.device).unsqueeze(0),
-                max_query_len=num_tokens,
-                max_seq_len=num_tokens,
-            ),
-            starts[1:] - 1,
+        pages_per_row = -(-min(self.max_model_len, self.max_batch_tokens) // self.pool.page_size)
+        row_tokens = min(self.max_model_len, self.max_batch_tokens, self.pool.num_pages * self.pool.page_size)
+        rows = max(1, self.max_batch_tokens // row_tokens)
+        num_tokens = rows * row_tokens
+        # All rows write the same pages: what they hold means nothing yet.
+        table = torch.arange(pages_per_row, dtype=torch.int32, device=self.device).clamp(max=self.pool.num_pages - 1)
+        places = torch.arange(row_tokens, device=self.device).repeat(rows)
+        starts = torch.arange(rows + 1, dtype=torch.int32) * row_tokens
+        lens = torch.full((rows,), row_tokens, dtype=torch.int32)
+        batch = DraftBatch(
+            token_ids=torch.zeros(num_tokens, dtype=torch.int64, device=self.device),
+            positions=places.repeat(3, 1),
+            slots=places,
+            query_starts=starts.to(self.device),
+            query_starts_cpu=starts,
+            seq_lens=lens.to(self.device),
+            seq_lens_cpu=lens,
+            block_table=table.repeat(rows, 1),
+            max_query_len=row_tokens,
+            max_seq_len=row_tokens,
         )
+        self.forward(batch, starts[1:] - 1)
+        # Compiles the kernel here and not under the first request; the last entry's page is at hand.
+        last, slots = batch.seq_lens - 1, torch.zeros_like(batch.seq_lens, dtype=torch.int64)
+        advance_decode(batch.positions[:, :rows].contiguous(), last, slots, batch.block_table, self.pool.page_size)
 
 
-def _draft_vllm_config(vllm_config: VllmConfig, config: LVSpecConfig) -> VllmConfig:
-    # vLLM's configuration writes into its parts when it is made; the target must not see that.
-    cache_config = copy.deepcopy(vllm_config.cache_config)
-    cache_config.kv_cache_layout = None
-    cache_config.sliding_window = None
-    cache_config.num_gpu_blocks_override = None
-    return replace_config(
-        vllm_config,
-        model_config=draft_model_config(vllm_config.model_config, config),
-        cache_config=cache_config,
-        compilation_config=CompilationConfig(mode=CompilationMode.NONE),
-        attention_config=replace(vllm_config.attention_config, backend=None),
-        additional_config={},
-        speculative_config=None,
-        quant_config=None,
-    )
-
-
-def _any_layout() -> tuple:
-    """Layouts for a backend that takes any, in vLLM's order of preference."""
-    from vllm.v1.kv_cache_interface import KVCacheLayout
-
-    return tuple(KVCacheLayout)
+def _least_of_ranks(value: int) -> int:
+    group = get_tp_group()
+    if group.world_size == 1:
+        return value
+    least = torch.tensor(value, dtype=torch.int64)
+    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return int(least)
 
 
 def _device_memory(device: torch.device) -> int:
@@ -215,7 +204,3 @@ def _device_memory(device: torch.device) -> int:
     import psutil
 
     return psutil.virtual_memory().total
-
-
-def attention_backend_name(backend: type[AttentionBackend]) -> str:
-    return backend.get_name()

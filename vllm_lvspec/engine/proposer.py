@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,19 @@ class LVSpecProposer:
             int(self.config.embedding_cache_gib * GiB_bytes),
         )
 
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Hold the room that visual embeddings will take while vLLM profiles its memory."""
+        assert self.drafter is not None
+        device = self.drafter.model.device
+        room = None
+        if device.type == "cuda":
+            room = torch.empty(self.drafter.embeddings.max_bytes, dtype=torch.uint8, device=device)
+        yield
+        del room
+
     def profile(self) -> None:
+        """Run the largest forward of the drafter once."""
         assert self.drafter is not None
         self.drafter.model.profile()
 

@@ -1,4 +1,4 @@
-"""vLLM's V1 model runners with a Video-LLM drafter."""
+"""vLLM's V1 model runner with a Video-LLM drafter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -53,34 +52,6 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             self.requires_sequential_video_encoding = True
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
-        super().profile_run(*args, **kwargs)
-        self.drafter.profile()
-
-
-class LVSpecCPUModelRunner(LVSpecGPUModelRunner, CPUModelRunner):
-    """The same for CPUs."""
-
-    _discarded_generators: dict[int, torch.Tensor]
-
-    def sample_tokens(self, grammar_output: Any) -> Any:
-        # A seeded request that is still being prefilled samples a token that is thrown away; vLLM then turns its
-        # generator back with `get_offset`, which generators for CPUs don't have. The whole state does it, too.
-        self._discarded_generators = self._states_of_discarded_generators()
-        return super().sample_tokens(grammar_output)
-
-    def _states_of_discarded_generators(self) -> dict[int, torch.Tensor]:
-        if self.execute_model_state is None:
-            return {}
-        discarded = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0].tolist()
-        generators = self.input_batch.generators
-        return {i: generators[i].get_state() for i in discarded if i in generators}
-
-    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
-        generators = self.input_batch.generators
-        held = {i: generators.pop(i) for i in self._discarded_generators}
-        try:
-            return super()._bookkeeping_sync(*args, **kwargs)
-        finally:
-            for i, generator in held.items():
-                generator.set_state(self._discarded_generators[i])
-                generators[i] = generator
+        with self.drafter.reserved():
+            super().profile_run(*args, **kwargs)
+            self.drafter.profile()
