@@ -3,7 +3,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 # What vLLM's CPU backend asks for: Intel's OpenMP, which the CPU set-up installs, loaded first.
-RUN := HF_HUB_OFFLINE=1 $(if $(wildcard $(VENV)/lib/libiomp5.so),LD_PRELOAD=$(abspath $(VENV)/lib/libiomp5.so))
+# Asked when a recipe runs, not when this file is read: in a bare clone the set-up comes in between.
+OPENMP := $(CURDIR)/$(VENV)/lib/libiomp5.so
+RUN := env HF_HUB_OFFLINE=1 $$(test -e $(OPENMP) && echo LD_PRELOAD=$(OPENMP))
 
 .PHONY: help setup demo test lint format pair evaluate-pair clean
 
@@ -11,9 +13,6 @@ help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 setup: ## Make .venv with vLLM for CPUs, or for NVIDIA GPUs where there is one
-	@bash deploy/setup.sh $(PYTHON) $(VENV)
-
-$(BIN)/lvspec:
 	@bash deploy/setup.sh $(PYTHON) $(VENV)
 
 demo: setup ## Serve the bundled pair and let it describe a video
