@@ -101,7 +101,7 @@ def _ask_all(
 ) -> Result:
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
     _ask(client, clips[-1], 8)  # the first request of a server is slower
-    before = _decode_steps(server)
+    before = _accepted(server)
     result = Result(name)
     answers = []
     for i, clip in enumerate(clips):
@@ -116,8 +116,7 @@ def _ask_all(
         result.right += score.right
         result.facts += score.total
     result.answers = tuple(answers)
-    drafts, accepted = (after - b for after, b in zip(_decode_steps(server), before, strict=True))
-    result.steps = result.tokens - accepted if drafts else result.tokens
+    result.steps = result.tokens - (_accepted(server) - before)
     return result
 
 
@@ -147,11 +146,9 @@ def _ask(client: openai.OpenAI, clip: Clip, max_tokens: int, show: Console | Non
     return text, tokens, last - first
 
 
-def _decode_steps(server: Server) -> tuple[float, float]:
-    return (
-        server.metric("vllm:spec_decode_num_drafts_total"),
-        server.metric("vllm:spec_decode_num_accepted_tokens_total"),
-    )
+def _accepted(server: Server) -> float:
+    """Drafted tokens accepted so far; a server without a drafter has no such series."""
+    return server.metric("vllm:spec_decode_num_accepted_tokens_total")
 
 
 def _table(results: Sequence[Result]) -> Table:

@@ -2,7 +2,8 @@
 
 vLLM's list of methods is closed, but it has `custom_class`, worker classes by name, and `additional_config` that
 travels to all workers. So `lvspec` is put into these words when the engine's configuration is made; the arguments that
-the user passed stay as they were. These two wrappers are all that this package changes in vLLM.
+the user passed stay as they were. These two wrappers are all that this package changes in vLLM, but for two kernels
+on CPUs (`cpu_kernels`), which go through vLLM's own registry.
 """
 
 from __future__ import annotations

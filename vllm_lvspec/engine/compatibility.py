@@ -65,9 +65,8 @@ def draft_model_config(target: ModelConfig, config: LVSpecConfig) -> ModelConfig
     return draft
 
 
-def draft_vllm_config(vllm_config: VllmConfig, config: LVSpecConfig) -> VllmConfig:
-    """The configuration that the drafter is built from. Raises LVSpecConfigError where vLLM refuses it."""
-    model_config = draft_model_config(vllm_config.model_config, config)
+def draft_vllm_config(vllm_config: VllmConfig, draft: ModelConfig) -> VllmConfig:
+    """The configuration that `draft` is built from. Raises LVSpecConfigError where vLLM refuses it."""
     # vLLM writes into the parts of a configuration when it is made; the target must not see that.
     cache = copy.deepcopy(vllm_config.cache_config)
     cache.kv_cache_layout = cache.sliding_window = cache.num_gpu_blocks_override = cache.skip_page_size_padded = None
@@ -80,7 +79,7 @@ def draft_vllm_config(vllm_config: VllmConfig, config: LVSpecConfig) -> VllmConf
     try:
         return replace_config(
             vllm_config,
-            model_config=model_config,
+            model_config=draft,
             cache_config=cache,
             parallel_config=parallel,
             scheduler_config=copy.deepcopy(vllm_config.scheduler_config),
@@ -94,7 +93,7 @@ def draft_vllm_config(vllm_config: VllmConfig, config: LVSpecConfig) -> VllmConf
         )
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise LVSpecConfigError(f"model={config.model!r}: vLLM can't configure the drafter ({reason})") from error
+        raise LVSpecConfigError(f"model={draft.model!r}: vLLM can't configure the drafter ({reason})") from error
 
 
 # Arguments of vLLM that lvspec has no support for, and the values that are fine.
@@ -150,7 +149,7 @@ def check_engine(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
     _check_tokenizer(target, config)
     _check_vision(target, draft)
     _check_heads(vllm_config, draft)
-    draft_vllm_config(vllm_config, config)
+    draft_vllm_config(vllm_config, draft)
 
 
 def _require(condition: bool, message: str) -> None:

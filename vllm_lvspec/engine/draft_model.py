@@ -12,7 +12,6 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.forward_context import set_forward_context
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.models.interfaces import supports_mrope
@@ -28,10 +27,8 @@ from vllm.v1.worker.utils import AttentionGroup, allocate_kv_cache, bind_kv_cach
 from vllm_lvspec.config import LVSpecConfig, LVSpecConfigError
 from vllm_lvspec.draft.drafter import DraftBatch
 from vllm_lvspec.draft.pages import PagePool
-from vllm_lvspec.engine.compatibility import draft_vllm_config
+from vllm_lvspec.engine.compatibility import draft_model_config, draft_vllm_config
 from vllm_lvspec.kernels.advance_decode import advance_decode
-
-logger = init_logger("vllm.lvspec")
 
 DEFAULT_CACHE_GIB = 4.0
 DEFAULT_CACHE_SHARE = 0.1  # of the device's memory
@@ -50,8 +47,8 @@ class VLLMDraftModel:
 
     def __init__(self, vllm_config: VllmConfig, config: LVSpecConfig, device: torch.device):
         self.device = device
-        self.vllm_config = draft_vllm_config(vllm_config, config)
-        model_config = self.vllm_config.model_config
+        model_config = draft_model_config(vllm_config.model_config, config)
+        self.vllm_config = draft_vllm_config(vllm_config, model_config)
         self.max_model_len = model_config.max_model_len
         self.max_batch_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.vocab_size = model_config.get_vocab_size()
@@ -92,7 +89,7 @@ class VLLMDraftModel:
         # Kernel blocks are the pages: block tables and slots then need no translation.
         pages_per_block = spec.block_size // kernel_sizes[0]
         self.pool = PagePool(kv_config.num_blocks * pages_per_block, kernel_sizes[0])
-        self.cache_bytes = sum(tensor.size for tensor in kv_config.kv_cache_tensors[:1])
+        self.cache_bytes = kv_config.kv_cache_tensors[0].size  # of the one allocation that all share
 
     def _cache_bytes(self, config: LVSpecConfig, spec: FullAttentionSpec, num_layers: int) -> int:
         """Size of the cache, the same on all ranks: whether a request fits must be decided alike everywhere."""
