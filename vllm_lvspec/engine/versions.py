@@ -23,10 +23,16 @@ def installed_vllm() -> str:
     return "unknown"
 
 
+def is_tested_vllm(version: str | None = None) -> bool:
+    """Whether the installed vLLM, or `version`, is one that this package was tested with."""
+    version = installed_vllm() if version is None else version
+    return version != "unknown" and Version(version) in TESTED
+
+
 def require_tested_vllm(version: str | None = None) -> None:
     """Raise LVSpecConfigError where vLLM is not one that this package was tested with."""
     version = installed_vllm() if version is None else version
-    if version == "unknown" or Version(version) not in TESTED:
+    if not is_tested_vllm(version):
         raise LVSpecConfigError(
             f"vllm=={version}: vllm-lvspec {__version__} works with vllm{TESTED}; install such a version"
         )
