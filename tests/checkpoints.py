@@ -27,10 +27,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vllm_lvspec.reference.model import build_config, save_checkpoint
+from vllm_lvspec.reference.qwen2_5_vl import build_config, save_checkpoint
 from vllm_lvspec.reference.tokenizer import build_tokenizer
 
-VOCAB = 640
+VOCAB = 1472
 TEXT = dict(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=4096, rms_norm_eps=1e-6, bos_token_id=None, head_dim=32,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -31,6 +33,71 @@ def demo() -> None:
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print("stopped")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def bench(
+    json_path: Annotated[Path, typer.Option("--json", help="where results go; .md and .png are written beside it")],
+    suite: Annotated[str, typer.Option(help="videofacts: generated scenes whose facts are known")] = "videofacts",
+    dataset: Annotated[
+        str | None, typer.Option(help="instead of a suite: a folder with videos and .jsonl files, or hf:NAME")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="videos of the suite (20), or questions of the dataset")] = None,
+    seed: Annotated[int, typer.Option(help="of the suite's scenes, 0 to 99")] = 1,
+    tasks: Annotated[str, typer.Option(help="kinds of questions")] = "caption,description,question,choice",
+    policies: Annotated[str, typer.Option(help="peers: ar, ngram, strict")] = "ar,strict",
+    family: Annotated[str, typer.Option(help="bundled pair: qwen2_5_vl or llava_onevision")] = "qwen2_5_vl",
+    model: Annotated[str | None, typer.Option(help="another target: a folder or a name of the hub")] = None,
+    draft: Annotated[str | None, typer.Option(help="another drafter")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="serve the target at the cost of this text model: 0.5b, 3b, 7b, 32b, 72b")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 for the bundled pairs, else vLLM's choice")] = None,
+    batch_size: Annotated[int, typer.Option(help="requests running at once")] = 1,
+    spec_tokens: Annotated[int, typer.Option(help="K, the tokens drafted per step")] = 10,
+    pruning: Annotated[str, typer.Option(help="the drafter's view of the video")] = "uniform",
+    pruning_ratio: Annotated[float, typer.Option(help="share of a video's tokens the drafter does not see")] = 0.9,
+    max_tokens: Annotated[int, typer.Option(help="per answer")] = 256,
+    num_frames: Annotated[int | None, typer.Option(help="per video; what the bundled pair knows, else 32")] = None,
+    video_key: Annotated[str, typer.Option(help="of a dataset's lines")] = "video",
+    prompt_key: Annotated[str, typer.Option(help="of a dataset's lines")] = "prompt",
+    engine: Annotated[str, typer.Option(help="more arguments of vLLM's engine, as JSON")] = "{}",
+    restart: Annotated[bool, typer.Option(help="forget the answers of a run that was stopped")] = False,
+) -> None:
+    """Compare ways to decode on the same questions: accepted length, speed, and facts kept."""
+    from vllm_lvspec.bench.command import BenchOptions, parse_engine_arguments, run_bench
+    from vllm_lvspec.bench.peers import DraftSettings
+
+    console = Console()
+    try:
+        options = BenchOptions(
+            json_path=json_path,
+            suite=suite,
+            dataset=dataset,
+            samples=samples,
+            seed=seed,
+            tasks=tasks.split(","),
+            policies=policies.split(","),
+            family=family,
+            model=model,
+            draft=DraftSettings(draft, spec_tokens, pruning, pruning_ratio),
+            shape=shape,
+            dtype=dtype,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            num_frames=num_frames,
+            video_key=video_key,
+            prompt_key=prompt_key,
+            engine_arguments=parse_engine_arguments(engine),
+            restart=restart,
+        )
+        run_bench(options, console)
+    except ValueError as error:
+        console.print(f"[red]{error}[/]", highlight=False)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
         raise typer.Exit(130) from None
 
 

@@ -11,16 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
+from vllm_lvspec.bench.videofacts.scene import Scene
+from vllm_lvspec.bench.videofacts.score import Score, score_answer
+from vllm_lvspec.bench.videofacts.tasks import make_task
 from vllm_lvspec.reference import CLIPS, TARGET
-from vllm_lvspec.reference.scenes import Scene, score_caption
 from vllm_lvspec.serving import Server, serve
 
-QUESTION = "Describe this clip in detail."
+QUESTION = "Describe the video in full detail."
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,10 @@ class Clip:
     def url(self) -> str:
         return "data:video/mp4;base64," + base64.b64encode(self.path.read_bytes()).decode()
 
+    def score(self, text: str) -> Score:
+        """What of the scene `text`, a long caption, tells."""
+        return score_answer(self.scene, make_task(self.scene, "caption", np.random.default_rng(0)), text)
+
 
 @dataclass
 class Result:
@@ -42,6 +49,7 @@ class Result:
     seconds: float = 0.0
     steps: float = 0.0
     right: int = 0
+    wrong: int = 0
     facts: int = 0
     answers: tuple[str, ...] = ()
 
@@ -52,7 +60,7 @@ def bundled_clips() -> list[Clip]:
     return [Clip(CLIPS / name, Scene.from_seed(seed)) for name, seed in sorted(seeds.items())]
 
 
-def run_demo(console: Console, max_tokens: int = 160) -> None:
+def run_demo(console: Console, max_tokens: int = 256) -> None:
     """Serve the pair with and without the drafter, show a streamed answer and a table of both."""
     clips = bundled_clips()
     common = [
@@ -109,12 +117,13 @@ def _ask_all(
         if show is not None:
             show.print(f"\n[bold]{clip.path.name}[/]  {QUESTION}")
         text, tokens, seconds = _ask(client, clip, max_tokens, show)
-        score = score_caption(clip.scene, text)
+        score = clip.score(text)
         answers.append(text)
         result.tokens += tokens - 1  # the first token is the prefill's
         result.seconds += seconds
-        result.right += score.right
-        result.facts += score.total
+        result.right += sum(score.right.values())
+        result.wrong += sum(score.wrong.values())
+        result.facts += sum(score.required.values())
     result.answers = tuple(answers)
     result.steps = result.tokens - (_accepted(server) - before)
     return result
@@ -153,7 +162,7 @@ def _accepted(server: Server) -> float:
 
 def _table(results: Sequence[Result]) -> Table:
     table = Table(title=f"{len(bundled_clips())} clips, one at a time")
-    for heading in ("", "tokens per target step", "tokens/s", "facts right"):
+    for heading in ("", "tokens per target step", "tokens/s", "facts told", "false ones"):
         table.add_column(heading, justify="left" if not heading else "right")
     for result in sorted(results, key=lambda r: r.name):
         table.add_row(
@@ -161,5 +170,6 @@ def _table(results: Sequence[Result]) -> Table:
             f"{result.tokens / result.steps:.2f}",
             f"{result.tokens / result.seconds:.0f}",
             f"{result.right} of {result.facts}",
+            str(result.wrong),
         )
     return table

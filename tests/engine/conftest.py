@@ -81,7 +81,7 @@ def engines(checkpoint: Callable[..., str]) -> Iterator[Callable[..., Engine]]:
         while len(running) > 1:
             running.pop(next(iter(running))).close()
         # Drafters and targets of other seeds have other padded vocabularies, too.
-        padded = {1: {"vocab_size": 704}, 4: {"vocab_size": 768}}
+        padded = {1: {"vocab_size": 1536}, 4: {"vocab_size": 1600}}
         path = None
         if drafter is not None:
             path = checkpoint(family.checkpoint, seed=drafter, **padded.get(drafter, {}))

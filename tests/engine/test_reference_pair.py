@@ -1,70 +1,104 @@
-"""The bundled pair: what vLLM computes is what transformers computes, and drafting pays."""
+"""The bundled pairs: what vLLM computes is what transformers computes, they see what happens, and drafting pays."""
+
+import json
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 from vllm import LLM, SamplingParams
 
-from vllm_lvspec.reference import DRAFT, TARGET
-from vllm_lvspec.reference.evaluate import PROMPT
-from vllm_lvspec.reference.model import encode_visual, patchify, position_ids
-from vllm_lvspec.reference.scenes import Scene, score_caption, video_item
+from vllm_lvspec.bench.samples import videofacts
+from vllm_lvspec.bench.videofacts.score import totals
+from vllm_lvspec.reference import PAIRS
+from vllm_lvspec.reference.families import FAMILIES
+from vllm_lvspec.reference.tokenizer import build_tokenizer
 
-SEEDS = range(700_000, 700_024)
-
-
-@pytest.fixture(scope="module")
-def strict_engine():
-    llm = LLM(
-        str(TARGET), dtype="float32", max_model_len=1024, max_num_seqs=4, enforce_eager=True, disable_log_stats=False,
-        speculative_config="lvspec",
-    )  # fmt: skip
-    yield llm
-    llm.llm_engine.engine_core.shutdown()
+NUM_VIDEOS = 8
+SEED = 70  # of the suite; the figures in the card are of others
 
 
-@pytest.fixture(scope="module")
-def answers(strict_engine):
-    prompts = [
-        {"prompt": PROMPT, "multi_modal_data": {"video": [video_item(Scene.from_seed(s).render())]}} for s in SEEDS
-    ]
-    return strict_engine.generate(prompts, SamplingParams(temperature=0, max_tokens=160, logprobs=1), use_tqdm=False)
+class Pair:
+    """A family's pair in vLLM, and its answers to a few questions."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.family = FAMILIES[name]
+        self.pair = PAIRS[name]
+        self.samples = videofacts(NUM_VIDEOS, SEED, num_frames=self.pair.num_frames)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+            self.llm = LLM(
+                str(self.pair.target), dtype="float32", max_model_len=1024, max_num_seqs=4, enforce_eager=True,
+                disable_log_stats=False, speculative_config="lvspec", kv_cache_memory_bytes=2**28,
+            )  # fmt: skip
+        params = SamplingParams(temperature=0, max_tokens=256, logprobs=1)
+        self.answers = self.llm.generate([self.prompt(s) for s in self.samples], params, use_tqdm=False)
+
+    def prompt(self, sample) -> dict:
+        head = f"<|im_start|>user\n{self.family.BEFORE_VISUAL}<|video_pad|>{self.family.AFTER_VISUAL}"
+        text = f"{head}{sample.question}<|im_end|>\n<|im_start|>assistant\n"
+        return {"prompt": text, "multi_modal_data": {"video": [sample.load_video()]}}
 
 
-def test_both_checkpoints_are_small():
-    size = sum(f.stat().st_size for f in [*TARGET.iterdir(), *DRAFT.iterdir()])
-    assert size < 20e6
+@pytest.fixture(scope="module", params=PAIRS)
+def pair(request):
+    running = Pair(request.param)
+    yield running
+    running.llm.llm_engine.engine_core.shutdown()
 
 
-def test_every_drafted_answer_is_what_transformers_would_say(answers):
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(TARGET, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(TARGET)
-    head = tokenizer("<|im_start|>user\n<|vision_start|>").input_ids
-    for seed, answer in list(zip(SEEDS, answers, strict=True))[:6]:
+def test_all_checkpoints_together_are_small():
+    size = sum(
+        f.stat().st_size for pair in PAIRS.values() for path in (pair.target, pair.draft) for f in path.iterdir()
+    )
+    assert size < 40e6
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_checkpoints_have_the_tokenizer_that_is_built_today(name):
+    built = build_tokenizer()
+    for path in (PAIRS[name].target, PAIRS[name].draft):
+        assert AutoTokenizer.from_pretrained(path).get_vocab() == built.get_vocab()
+        log = json.loads((path / "training_log.json").read_text())
+        assert log["family"] == name and log["log"][-1]["step"] == log["steps"] - 1
+
+
+def test_every_drafted_answer_is_what_transformers_would_say(pair):
+    family = pair.family
+    model = AutoModelForImageTextToText.from_pretrained(pair.pair.target, dtype=torch.float32).eval()
+    head = AutoTokenizer.from_pretrained(pair.pair.target)("<|im_start|>user\n" + family.BEFORE_VISUAL).input_ids
+    num_visual = family.num_visual_tokens(pair.pair.num_frames)
+    for sample, answer in list(zip(pair.samples, pair.answers, strict=True))[:6]:
         ids = torch.tensor([*answer.prompt_token_ids, *answer.outputs[0].token_ids])
         assert ids[: len(head)].tolist() == head
+        frames = sample.load_video()[0]
         with torch.no_grad():
-            visual = encode_visual(model, patchify(Scene.from_seed(seed).render()), torch.tensor([[8, 8, 8]]))
+            visual = family.encode_visual(model, family.pixel_values([frames]), len(frames), 1)
             embeds = model.get_input_embeddings()(ids[None])
-            embeds[0, len(head) : len(head) + 128] = visual
-            positions = position_ids(len(head), (8, 4, 4), len(ids) - len(head) - 128, 0.5)
-            hidden = model.model.language_model(inputs_embeds=embeds, position_ids=positions[:, None])
+            embeds[:, len(head) : len(head) + num_visual] = visual
+            positions = family.text_positions(len(head), len(frames), len(ids) - len(head) - num_visual, 1)
+            hidden = model.model.language_model(inputs_embeds=embeds, position_ids=positions)
             logprobs = model.lm_head(hidden.last_hidden_state[0]).log_softmax(-1)
         first = len(answer.prompt_token_ids) - 1
         for i, token in enumerate(answer.outputs[0].token_ids):
-            assert int(logprobs[first + i].argmax()) == token
+            best = logprobs[first + i].max()
+            assert float(logprobs[first + i, token]) == pytest.approx(float(best), abs=2e-3)
             assert float(logprobs[first + i, token]) == pytest.approx(
                 answer.outputs[0].logprobs[i][token].logprob, abs=2e-3
             )
 
 
-def test_answers_tell_colours_shapes_and_their_order(answers):
-    scores = [score_caption(Scene.from_seed(s), a.outputs[0].text) for s, a in zip(SEEDS, answers, strict=True)]
-    assert sum(s.right for s in scores) > 0.7 * sum(s.total for s in scores)
-    assert sum(s.order_right for s in scores) > 0.7 * len(scores)
+def test_the_target_sees_what_happens_and_in_which_order(pair):
+    scores = [s.score(a.outputs[0].text) for s, a in zip(pair.samples, pair.answers, strict=True)]
+    floor = {"qwen2_5_vl": 0.9, "llava_onevision": 0.8}[pair.name]
+    assert sum(s.accuracy for s in scores) / len(scores) > floor
+    ordered = [s.order_right for s in scores if s.order_right is not None]
+    assert sum(ordered) / len(ordered) > floor - 0.05
+    for kind, counts in totals(scores).items():
+        assert counts["right"] > 0.7 * counts["required"], kind
 
 
-def test_the_drafter_saves_the_target_steps(answers, strict_engine):
-    accepted = sum(m.value for m in strict_engine.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens")
-    tokens = sum(len(a.outputs[0].token_ids) - 1 for a in answers)
+def test_the_drafter_saves_target_steps(pair):
+    accepted = sum(m.value for m in pair.llm.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens")
+    tokens = sum(len(a.outputs[0].token_ids) - 1 for a in pair.answers)
     assert tokens / (tokens - accepted) > 1.8

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from vllm import RequestOutput, SamplingParams
 
-from vllm_lvspec.reference.scenes import Scene, video_item
+from vllm_lvspec.bench.videofacts.scene import Scene, video_item
 
 QUESTIONS = (
     "Describe the video.", "Which object moves first?", "How many objects are there?", "What happens in this video?",

@@ -17,8 +17,9 @@ import psutil
 import pytest
 from PIL import Image
 
+from vllm_lvspec.bench.videofacts.scene import Scene
+from vllm_lvspec.demo import QUESTION, bundled_clips
 from vllm_lvspec.reference import CLIPS, TARGET
-from vllm_lvspec.reference.scenes import Scene, score_caption
 from vllm_lvspec.serving import ServerError, _vllm_command, serve
 
 CLIP = CLIPS / "shapes-1.mp4"
@@ -50,20 +51,20 @@ def message(text: str, url: str | None = None, kind: str = "video_url") -> list:
 
 def ask(client, messages, **options):
     return client.chat.completions.create(
-        model="reference", messages=messages, **{"temperature": 0, "max_tokens": 120, **options}
+        model="reference", messages=messages, **{"temperature": 0, "max_tokens": 256, **options}
     )
 
 
 def test_a_video_is_described_streamed_or_not_from_a_file_or_a_data_url(client, server):
     before = server.metric("vllm:spec_decode_num_accepted_tokens_total")
-    whole = ask(client, message("Describe the video.", data_url(CLIP.read_bytes()))).choices[0].message.content
-    from_file = ask(client, message("Describe the video.", CLIP.as_uri())).choices[0].message.content
-    stream = ask(client, message("Describe the video.", CLIP.as_uri()), stream=True)
+    whole = ask(client, message(QUESTION, data_url(CLIP.read_bytes()))).choices[0].message.content
+    from_file = ask(client, message(QUESTION, CLIP.as_uri())).choices[0].message.content
+    stream = ask(client, message(QUESTION, CLIP.as_uri()), stream=True)
     pieces = [c.choices[0].delta.content or "" for c in stream if c.choices]
     assert whole == from_file == "".join(pieces)
     assert len(pieces) > 3
-    scene = Scene.from_seed(json.loads((CLIPS / "seeds.json").read_text())[CLIP.name])
-    assert score_caption(scene, whole).accuracy > 0.5
+    clip = next(c for c in bundled_clips() if c.path == CLIP)
+    assert clip.score(whole).accuracy > 0.5
     assert server.metric("vllm:spec_decode_num_accepted_tokens_total") > before
 
 
@@ -73,14 +74,14 @@ def test_images_texts_and_further_turns_are_answered(client):
     answer = ask(client, message("Describe the image.", data_url(frame.getvalue(), "image/png"), "image_url"))
     assert answer.choices[0].message.content
     assert ask(client, message("How many objects are there?")).choices[0].finish_reason in ("stop", "length")
-    first = message("Describe the video.", CLIP.as_uri())
+    first = message(QUESTION, CLIP.as_uri())
     reply = ask(client, first).choices[0].message.content
     turns = [*first, {"role": "assistant", "content": reply}, *message("Which object moves first?")]
     assert "moves" in ask(client, turns).choices[0].message.content
 
 
 def test_sampling_options_behave(client):
-    video = message("Describe the video.", CLIP.as_uri())
+    video = message(QUESTION, CLIP.as_uri())
     plain = ask(client, video).choices[0].message.content
     word = plain.split()[6]
     stopped = ask(client, video, stop=[word]).choices[0]
@@ -102,7 +103,7 @@ def test_sampling_options_behave(client):
 @pytest.mark.parametrize("option", [{"extra_body": {"min_p": 0.1}, "temperature": 1.0}, {"logit_bias": {"300": 5}}])
 def test_what_vllm_refuses_under_speculation_is_a_400(option, client, server):
     with pytest.raises(openai.BadRequestError):
-        ask(client, message("Describe the video.", CLIP.as_uri()), **option)
+        ask(client, message(QUESTION, CLIP.as_uri()), **option)
     assert server.is_healthy()
 
 
@@ -113,10 +114,10 @@ def test_what_vllm_refuses_under_speculation_is_a_400(option, client, server):
 )
 def test_a_corrupt_video_is_a_4xx_and_the_server_lives(data, client, server):
     with pytest.raises(openai.APIStatusError) as caught:
-        ask(client, message("Describe the video.", data_url(data)))
+        ask(client, message(QUESTION, data_url(data)))
     assert 400 <= caught.value.status_code < 500
     assert server.is_healthy()
-    assert ask(client, message("Describe the video.", CLIP.as_uri())).choices[0].message.content
+    assert ask(client, message(QUESTION, CLIP.as_uri())).choices[0].message.content
 
 
 def test_a_prompt_that_is_too_long_is_a_400(client, server):
@@ -126,7 +127,7 @@ def test_a_prompt_that_is_too_long_is_a_400(client, server):
 
 
 def test_cancelled_streams_leave_nothing_running_and_others_unharmed(client, server):
-    video = message("Describe the video.", CLIP.as_uri())
+    video = message(QUESTION, CLIP.as_uri())
     want = ask(client, video).choices[0].message.content
 
     def cancelled() -> None:

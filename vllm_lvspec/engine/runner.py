@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +16,24 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_lvspec.engine.proposer import LVSpecProposer
 
 
+@dataclass
+class StepTimes:
+    """Seconds over steps in which nothing was prefilled: forward with verification, and drafting."""
+
+    steps: int = 0
+    target_seconds: float = 0.0
+    draft_seconds: float = 0.0
+
+
 class LVSpecGPUModelRunner(GPUModelRunner):
     """V1 runner whose drafter sees each step, and forgets requests when vLLM does."""
 
     drafter: LVSpecProposer
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.step_times = StepTimes()
+        self._step_started: float | None = None
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         # vLLM asks this of the whole batch; the drafter limits each request by itself, so that one request near its
@@ -40,9 +56,24 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             spec_decode_metadata = None
         return super()._sample(logits, spec_decode_metadata)
 
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        drafted = scheduler_output.scheduled_spec_decode_tokens
+        only_decodes = all(
+            count == 1 + len(drafted.get(req_id, ())) for req_id, count in scheduler_output.num_scheduled_tokens.items()
+        )
+        self._step_started = time.perf_counter() if only_decodes else None
+        return super().execute_model(scheduler_output, *args, **kwargs)
+
     def propose_draft_token_ids(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         self.drafter.begin_step(scheduler_output, self.input_batch.req_ids, self.requests)
-        return super().propose_draft_token_ids(scheduler_output, *args, **kwargs)
+        # The sampled tokens are on the host by now, and drafted ones will be, so the host's clock sees both parts.
+        before = time.perf_counter()
+        drafts = super().propose_draft_token_ids(scheduler_output, *args, **kwargs)
+        if self._step_started is not None:
+            self.step_times.steps += 1
+            self.step_times.target_seconds += before - self._step_started
+            self.step_times.draft_seconds += time.perf_counter() - before
+        return drafts
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)

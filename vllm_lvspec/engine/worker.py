@@ -19,6 +19,10 @@ class LVSpecWorker(Worker):
         """What this rank's drafter has done, and what its caches hold."""
         return self.model_runner.drafter.stats()
 
+    def lvspec_step_times(self) -> dict[str, float]:
+        """`StepTimes` of this rank."""
+        return vars(self.model_runner.step_times).copy()
+
 
 class LVSpecGPUWorker(LVSpecWorker):
     def _make_model_runner(self) -> LVSpecGPUModelRunner:

@@ -6,7 +6,8 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vllm_lvspec.reference.scenes import Scene, dialogue
+from vllm_lvspec.bench.videofacts.scene import Scene
+from vllm_lvspec.bench.videofacts.tasks import TASKS, image_task, make_task
 
 END_OF_TURN = "<|im_end|>"
 SPECIAL_TOKENS = (
@@ -26,15 +27,15 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(num_scenes: int = 3000) -> PreTrainedTokenizerFast:
-    """Train on the captions of the first `num_scenes` scenes; any other text falls back to bytes."""
+    """Train on the tasks of the first `num_scenes` scenes; any other text falls back to bytes."""
 
     def corpus():
         for seed in range(num_scenes):
             rng = np.random.default_rng([seed, 11])
             scene = Scene.from_seed(seed)
-            for ask, answer in dialogue(scene, rng, image=seed % 5 == 0):
-                yield f"user\n{ask}"
-                yield f"assistant\n{answer}"
+            for task in [make_task(scene, kind, rng) for kind in TASKS] + [image_task(scene, rng)]:
+                yield f"user\n{task.prompt}"
+                yield f"assistant\n{task.answer.text}"
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -43,7 +44,7 @@ def build_tokenizer(num_scenes: int = 3000) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=1000, initial_alphabet=alphabet, show_progress=False, special_tokens=list(SPECIAL_TOKENS)
+        vocab_size=4096, initial_alphabet=alphabet, show_progress=False, special_tokens=list(SPECIAL_TOKENS)
     )
     tokenizer.train_from_iterator(corpus(), trainer)
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])

@@ -1,7 +1,7 @@
-"""Train the reference pair on generated scenes.
+"""Train the reference pairs on generated scenes.
 
-    python -m vllm_lvspec.reference.train target --out DIR
-    python -m vllm_lvspec.reference.train draft --out DIR
+    python -m vllm_lvspec.reference.train qwen2_5_vl target --out DIR
+    python -m vllm_lvspec.reference.train llava_onevision target --out DIR2 --start-from DIR
 
 Two losses: the usual one on the answers, and one that makes every visual token's last state predict, through the
 language head, the words for what its patch shows. Large Video-LLMs have this alignment from pre-training; without it a
@@ -16,7 +16,7 @@ import math
 import time
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -25,199 +25,246 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerFast
 
-from vllm_lvspec.reference.model import (
-    MERGE,
-    PATCH,
-    SHAPES,
-    TEMPORAL_PATCH,
-    build_model,
-    encode_visual,
-    patchify,
-    position_ids,
-    save_checkpoint,
-)
-from vllm_lvspec.reference.scenes import FPS, NUM_FRAMES, SIZE, Scene, dialogue
+from vllm_lvspec.bench.videofacts.scene import Scene
+from vllm_lvspec.bench.videofacts.tasks import Task, image_task, make_task
+from vllm_lvspec.reference.families import FAMILIES, Family
 from vllm_lvspec.reference.tokenizer import build_tokenizer
 
 SEED_OFFSET = 1_000_000  # training scenes start here; seeds below are for evaluation
-GRID_SIDE = SIZE // PATCH
-TOKEN_SIDE = GRID_SIDE // MERGE
+SQUARE = 28  # pixels of a scene that one visual token shows, both ways, in either family
+NUM_WORDS = 5  # what `Scene.words_at` says of a square
 IGNORE = -100
+FACT_WEIGHT = 3.0
+IMAGE_EVERY = 16  # batches
+WARMUP_STEPS = 100
+CHECKPOINT_STEPS = 100
 
 
 class Batch:
-    """`size` dialogues over videos (or all over single images), padded on the right."""
+    """`size` dialogues over videos (or all over single images), padded on the right.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, step: int, size: int, image: bool):
+    `long_answers`: a caption or description and a question; else several questions.
+    """
+
+    def __init__(
+        self, family: Family, tokenizer: PreTrainedTokenizerFast, step: int, size: int, image: bool, long_answers: bool
+    ):
         rng = np.random.default_rng([step, 23])
-        frames = 1 if image else NUM_FRAMES
-        self.grid = (max(frames // TEMPORAL_PATCH, 1), GRID_SIDE, GRID_SIDE)
-        pad = "<|image_pad|>" if image else "<|video_pad|>"
-        head = tokenizer("<|im_start|>user\n<|vision_start|>").input_ids
+        self.num_frames = 1 if image else family.VIDEO_FRAMES
+        self.num_visual = family.num_visual_tokens(self.num_frames)
+        pad = tokenizer.convert_tokens_to_ids("<|image_pad|>" if image else "<|video_pad|>")
+        head = tokenizer("<|im_start|>user\n" + family.BEFORE_VISUAL).input_ids
+        after = tokenizer(family.AFTER_VISUAL).input_ids
         end = tokenizer("<|im_end|>\n").input_ids
         start = tokenizer("<|im_start|>assistant\n").input_ids
         self.num_before = len(head)
-        self.num_visual = self.grid[0] * TOKEN_SIDE**2
-        visual = [tokenizer.convert_tokens_to_ids(pad)] * self.num_visual
-        patches, ids, labels, words = [], [], [], []
+        videos, ids, labels, weights, words = [], [], [], [], []
         for i in range(size):
             scene = Scene.from_seed(SEED_OFFSET + step * size + i)
-            patches.append(patchify(scene.render(NUM_FRAMES)[:frames]))
-            tokens = head + visual + tokenizer("<|vision_end|>").input_ids
-            label = [IGNORE] * len(tokens)
-            for turn, (ask, answer) in enumerate(dialogue(scene, rng, image)):
-                prompt = ([] if turn == 0 else tokenizer("<|im_start|>user\n").input_ids) + tokenizer(ask).input_ids
-                reply = tokenizer(answer).input_ids + end
-                tokens += prompt + end + start + reply
-                label += [IGNORE] * (len(prompt) + len(end) + len(start)) + reply[:-1] + [IGNORE]
+            videos.append(scene.render()[:1] if image else scene.render(self.num_frames))
+            tokens = head + [pad] * self.num_visual + after
+            label, weight = [IGNORE] * len(tokens), [0.0] * len(tokens)
+            for turn, task in enumerate(_dialogue(scene, rng, image, long_answers)):
+                ask = tokenizer(("" if turn == 0 else "<|im_start|>user\n") + task.prompt).input_ids
+                encoded = tokenizer(task.answer.text, return_offsets_mapping=True)
+                reply = encoded.input_ids + end
+                num_asked = len(ask) + len(end) + len(start)
+                tokens += ask + end + start + reply
+                label += [IGNORE] * num_asked + reply[:-1] + [IGNORE]
+                weight += [0.0] * num_asked + _weights(task, encoded.offset_mapping) + [1.0] * len(end)
             ids.append(torch.tensor(tokens))
             labels.append(torch.tensor(label))
-            words.append(self._patch_words(tokenizer, scene))
-        self.patches = torch.cat(patches)
+            weights.append(torch.tensor(weight))
+            words.append(self._patch_words(family, tokenizer, scene))
+        self.pixels = family.pixel_values(videos)
         self.ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
         self.labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE)
-        self.words = torch.stack(words)  # [size, num_visual, 3]: colour, shape, motion, or three times background
+        self.weights = torch.nn.utils.rnn.pad_sequence(weights, batch_first=True)
+        (self.still,) = tokenizer(" still").input_ids
+        self.words = torch.stack(words)  # [size, num_visual, NUM_WORDS]: words, or as many times background
 
-    def _patch_words(self, tokenizer: PreTrainedTokenizerFast, scene: Scene) -> torch.Tensor:
+    def to(self, device: torch.device) -> Batch:
+        for name in ("pixels", "ids", "labels", "weights", "words"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def _patch_words(self, family: Family, tokenizer: PreTrainedTokenizerFast, scene: Scene) -> torch.Tensor:
         @cache
         def token(word: str) -> int:
             (idx,) = tokenizer(f" {word}").input_ids
             return idx
 
-        rows = []
-        for t in range(self.grid[0]):
-            for row in range(TOKEN_SIDE):
-                for column in range(TOKEN_SIDE):
-                    words = scene.words_at((t + 0.5) * TEMPORAL_PATCH - 0.5, column, row, PATCH * MERGE)
-                    rows.append([token(w) for w in words or ("background",) * 3])
-        return torch.tensor(rows)
+        background = ("background",) * NUM_WORDS
+        moments = family.moments(self.num_frames)
+        squares = [words or background for moment in moments for words in scene.words_at(moment, SQUARE)]
+        squares += [background] * (self.num_visual - len(squares))  # a line end shows nothing
+        return torch.tensor([[token(word) for word in words] for words in squares])
 
 
-def losses(model, batch: Batch, kept: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Answer loss, patch-word loss and share of answer tokens predicted right.
+def _dialogue(scene: Scene, rng: np.random.Generator, image: bool, long_answers: bool) -> list[Task]:
+    if image:
+        return [image_task(scene, rng)]
+    short = [("question", "choice")[int(rng.integers(2))] for _ in range(1 if long_answers else 4)]
+    long = [("caption", "description")[int(rng.random() < 0.4)]] if long_answers else []
+    kinds = long + short if rng.random() < 0.5 else short + long
+    return [make_task(scene, kind, rng) for kind in kinds]
+
+
+def _weights(task: Task, offsets: list[tuple[int, int]]) -> list[float]:
+    """Facts weigh more than the fillers among which they stand; the best prediction of either stays the same."""
+    spans = task.answer.fact_spans
+    return [FACT_WEIGHT if any(begin < b and a < end for a, b in spans) else 1.0 for begin, end in offsets]
+
+
+def losses(
+    family: Family, model: Any, batch: Batch, kept: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Answer loss, patch-word loss and share of the answers' fact tokens predicted right.
 
     `kept`: indices of the visual tokens the model sees (`None`: all), with their original positions.
     """
-    size = len(batch.ids)
-    grids = torch.tensor([batch.grid] * size)
-    visual = encode_visual(model, batch.patches, grids).view(size, batch.num_visual, -1)
-    first = batch.num_before
-    after = batch.ids.shape[1] - first - batch.num_visual
-    positions = position_ids(first, (batch.grid[0], TOKEN_SIDE, TOKEN_SIDE), after, TEMPORAL_PATCH / FPS)
-    embeds = model.get_input_embeddings()(batch.ids)
-    labels, words = batch.labels, batch.words
+    size, length = batch.ids.shape
+    first, after = batch.num_before, batch.num_before + batch.num_visual
+    visual = family.encode_visual(model, batch.pixels, batch.num_frames, size)
+    positions = family.text_positions(first, batch.num_frames, length - after, size).to(batch.ids.device)
     if kept is None:
         kept = torch.arange(batch.num_visual)
-    columns = torch.cat([torch.arange(first), first + kept, torch.arange(first + batch.num_visual, batch.ids.shape[1])])
-    embeds = torch.cat([embeds[:, :first], visual[:, kept].to(embeds.dtype), embeds[:, first + batch.num_visual :]], 1)
-    labels, positions, words = labels[:, columns], positions[:, columns], words[:, kept]
+    columns = torch.cat([torch.arange(first), first + kept, torch.arange(after, length)])
+    embeds = model.get_input_embeddings()(batch.ids)
+    embeds = torch.cat([embeds[:, :first], visual[:, kept].to(embeds.dtype), embeds[:, after:]], 1)
+    labels, weights, words = batch.labels[:, columns], batch.weights[:, columns], batch.words[:, kept]
     hidden = model.model.language_model(
-        inputs_embeds=embeds, position_ids=positions[:, None].expand(-1, size, -1), use_cache=False
+        inputs_embeds=embeds, position_ids=positions[..., columns], use_cache=False
     ).last_hidden_state
     mask = labels[:, 1:] != IGNORE
+    wanted, weights = labels[:, 1:][mask], weights[:, 1:][mask]
     logits = model.lm_head(hidden[:, :-1][mask]).float()
-    answer_loss = F.cross_entropy(logits, labels[:, 1:][mask])
-    right = (logits.argmax(-1) == labels[:, 1:][mask]).float().mean()
+    answer_loss = (F.cross_entropy(logits, wanted, reduction="none") * weights).sum() / weights.sum()
+    right = (logits.argmax(-1) == wanted)[weights == FACT_WEIGHT].float().mean()
     seen = model.lm_head(hidden[:, first : first + len(kept)]).float().log_softmax(-1)
     per_token = -seen.gather(-1, words).mean(-1)
-    # Most patches show background; objects and background get the same weight.
+    # Most patches show background, and most others something that stands still: each of the three weighs the same.
     is_object = words[..., 0] != words[..., 1]
-    patch_loss = (per_token[is_object].mean() + per_token[~is_object].mean()) / 2
+    is_still = is_object & (words[..., 3] == batch.still)
+    parts = (~is_object, is_still, is_object & ~is_still)
+    patch_loss = torch.stack([per_token[part].mean() for part in parts if part.any()]).mean()
     return answer_loss, patch_loss, right
 
 
-def batch_attention_over_frames(model) -> None:
-    """Let the vision tower attend to all frames in one call; transformers calls once per frame, which CPUs pay for.
+def build_optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for embeddings, biases, norms and convolutions."""
+    parameters = dict(model.named_parameters())
+    matrices = [p for n, p in parameters.items() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in parameters.values() if id(p) not in chosen]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [
+        torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98)),
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+    ]
 
-    Same numbers: every window of this geometry is exactly one frame of `GRID_SIDE ** 2` patches.
-    """
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
-    def forward(self, hidden_states, cu_seqlens, position_embeddings=None, **kwargs):
-        length = hidden_states.shape[0]
-        q, k, v = self.qkv(hidden_states).reshape(length, 3, self.num_heads, -1).unbind(1)
-        q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
-        shape = -1, GRID_SIDE**2, self.num_heads, self.head_dim
-        out = F.scaled_dot_product_attention(*(x.view(shape).transpose(1, 2).to(v.dtype) for x in (q, k, v)))
-        return self.proj(out.transpose(1, 2).reshape(length, -1))
+def start_from(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Take the text model of a pair of another family: LLaVA-OneVision, too, starts from a trained Qwen2."""
+    from safetensors.torch import load_file
 
-    for block in model.model.visual.blocks:
-        block.attn.forward = forward.__get__(block.attn)
+    prefix = "model.language_model."
+    weights = {n: t.float() for n, t in load_file(checkpoint / "model.safetensors").items() if n.startswith(prefix)}
+    if not weights:
+        raise typer.BadParameter(f"start_from={str(checkpoint)!r}: no tensor there begins with {prefix}")
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if unexpected or any(name.startswith(prefix) for name in missing):
+        raise typer.BadParameter(f"start_from={str(checkpoint)!r}: its text model has another shape than this one")
 
 
 def main(
+    family_name: Annotated[str, typer.Argument(metavar="FAMILY", help=" or ".join(FAMILIES))],
     role: Annotated[str, typer.Argument(help="target or draft")],
     out: Annotated[Path, typer.Option(help="checkpoint's folder; state.pt in it is what a stopped run goes on from")],
-    steps: int = 2200,
-    batch_size: int = 16,
-    learning_rate: float = 1.5e-3,
+    steps: int = 2000,
+    batch_size: int = 12,
+    learning_rate: float = 2e-3,
+    short_share: Annotated[
+        float, typer.Option(help="share of the steps, at first, that have short answers only")
+    ] = 0.1,
     patch_weight: float = 1.0,
+    start: Annotated[
+        Path | None, typer.Option("--start-from", help="checkpoint whose text model the training starts from")
+    ] = None,
     seed: int = 0,
     threads: int = 2,
 ) -> None:
-    if role not in SHAPES:
-        raise typer.BadParameter(f"role={role!r}: must be one of {', '.join(SHAPES)}")
+    if family_name not in FAMILIES:
+        raise typer.BadParameter(f"family={family_name!r}: must be one of {', '.join(FAMILIES)}")
+    family: Family = FAMILIES[family_name]
+    if role not in family.SHAPES:
+        raise typer.BadParameter(f"role={role!r}: must be one of {', '.join(family.SHAPES)}")
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
-    model = build_model(SHAPES[role], tokenizer, seed)
-    batch_attention_over_frames(model)
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    other = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}],
-        lr=learning_rate,
-        betas=(0.9, 0.98),
-    )
+    model = family.build_model(family.SHAPES[role], tokenizer, seed)
+    family.prepare_for_training(model)
+    if start is not None:
+        start_from(model, start)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    optimizers = build_optimizers(model, learning_rate)
     first, log = 0, []
     state_path = out / "state.pt"
     if state_path.exists():
-        state = torch.load(state_path)
+        state = torch.load(state_path, map_location=device)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         first, log = state["step"], state["log"]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
+    started = time.time()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns) as progress:
-        task = progress.add_task(role, total=steps, completed=first)
-        started = time.time()
+        bar = progress.add_task(role, total=steps, completed=first)
         for step in range(first, steps):
-            image = step % 8 == 7
-            batch = Batch(tokenizer, step, batch_size, image)
-            # The drafter learns to live with pruned views, so that pruning costs it sight and not sense.
-            kept = None
-            if role == "draft" and step % 2 and not image:
-                generator = torch.Generator().manual_seed(step)
-                count = max(1, round(batch.num_visual * (1 - 0.9 * torch.rand(1, generator=generator).item())))
-                kept = torch.randperm(batch.num_visual, generator=generator)[:count].sort().values
-            share = step / steps
-            rate = learning_rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
-            for group in optimizer.param_groups:
+            image = family.SEES_IMAGES and step % IMAGE_EVERY == IMAGE_EVERY - 1
+            batch = Batch(family, tokenizer, step, batch_size, image, long_answers=step >= short_share * steps)
+            batch.to(device)
+            kept = _pruned_view(batch.num_visual, step) if role == "draft" and step % 2 and not image else None
+            rate = _learning_rate(learning_rate, step, steps)
+            for group in (g for optimizer in optimizers for g in optimizer.param_groups):
                 group["lr"] = rate
-            for name in ("patches", "ids", "labels", "words"):
-                setattr(batch, name, getattr(batch, name).to(device))
             with torch.autocast(device.type, torch.bfloat16):
-                answer_loss, patch_loss, right = losses(model, batch, kept)
-            optimizer.zero_grad()
+                answer_loss, patch_loss, right = losses(family, model, batch, kept)
+            model.zero_grad()
             (answer_loss + patch_weight * patch_loss).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             if step % 20 == 0 or step == steps - 1:
-                log.append(
-                    dict(step=step, answer_loss=answer_loss.item(), patch_loss=patch_loss.item(), right=right.item())
-                )
-                text = f"{role} answer {answer_loss:.3f} patch {patch_loss:.3f} right {right:.3f}"
-                progress.update(task, description=text)
+                figures = dict(answer_loss=answer_loss.item(), patch_loss=patch_loss.item(), right=right.item())
+                log.append(dict(step=step, **figures))
+                text = f"{role} answer {answer_loss:.3f} patch {patch_loss:.3f} facts {right:.3f}"
+                progress.update(bar, description=text)
                 if not progress.console.is_terminal:
                     print(f"step {step} {text} {(time.time() - started) / (step - first + 1):.2f} s/step", flush=True)
-            progress.advance(task)
-            if (step + 1) % 100 == 0 or step == steps - 1:
-                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, log=log)
-                torch.save(state, state_path.with_suffix(".tmp"))
+            progress.advance(bar)
+            if (step + 1) % CHECKPOINT_STEPS == 0 or step == steps - 1:
+                state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
+                torch.save({**state, "step": step + 1, "log": log}, state_path.with_suffix(".tmp"))
                 state_path.with_suffix(".tmp").replace(state_path)
-    save_checkpoint(model.cpu(), tokenizer, str(out))
-    (out / "training_log.json").write_text(json.dumps(dict(role=role, steps=steps, seed=seed, log=log), indent=1))
+    family.save_checkpoint(model.cpu(), tokenizer, str(out))
+    settings = dict(family=family_name, role=role, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+    (out / "training_log.json").write_text(json.dumps({**settings, "seed": seed, "log": log}, indent=1))
+
+
+def _pruned_view(num_visual: int, step: int) -> torch.Tensor:
+    """A drafter learns to live with pruned views, so that pruning costs it sight and not sense: 10-100 % are kept."""
+    generator = torch.Generator().manual_seed(step)
+    count = max(1, round(num_visual * (1 - 0.9 * torch.rand(1, generator=generator).item())))
+    return torch.randperm(num_visual, generator=generator)[:count].sort().values
+
+
+def _learning_rate(peak: float, step: int, steps: int) -> float:
+    return peak * min(1.0, (step + 1) / WARMUP_STEPS) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 if __name__ == "__main__":

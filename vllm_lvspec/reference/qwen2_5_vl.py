@@ -1,25 +1,32 @@
-"""Shapes of the reference pair, and its forward pass with vLLM's positions and an optional pruned view."""
+"""The reference pair of the Qwen2.5-VL family: shapes, checkpoints, and a forward pass with vLLM's positions."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from vllm_lvspec.bench.videofacts.scene import FPS, NUM_FRAMES, SIDE
 
 PATCH = 14
 MERGE = 2
 TEMPORAL_PATCH = 2
 TOKENS_PER_SECOND = 4
+VIDEO_FRAMES = NUM_FRAMES
+BEFORE_VISUAL, AFTER_VISUAL = "<|vision_start|>", "<|vision_end|>"
+SEES_IMAGES = True
+_GRID_SIDE = SIDE // PATCH
 
 # The two vocabularies are padded to different sizes, as those of Qwen2.5-VL 3B and 7B are.
 SHAPES = {
     "target": dict(
-        vocab_size=640, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4,
+        vocab_size=1472, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, mrope_section=[8, 12, 12],
         vision=dict(depth=3, hidden_size=128, intermediate_size=256, num_heads=4),
     ),
     "draft": dict(
-        vocab_size=704, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=1536, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, mrope_section=[4, 6, 6],
         vision=dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=2),
     ),
@@ -71,7 +78,7 @@ def save_checkpoint(model, tokenizer: PreTrainedTokenizerFast, path: str, dtype:
     """Write a checkpoint that stock transformers and stock vLLM load: weights, tokenizer, processors."""
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-    size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 256}
+    size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1024}
     common = dict(size=size, patch_size=PATCH, merge_size=MERGE, temporal_patch_size=TEMPORAL_PATCH)
     image_processor = Qwen2VLImageProcessor(**common)
     video_processor = Qwen2VLVideoProcessor(**common, do_sample_frames=False, cap_pixels_per_frame=False)
@@ -85,6 +92,15 @@ def save_checkpoint(model, tokenizer: PreTrainedTokenizerFast, path: str, dtype:
     processor.save_pretrained(path)
 
 
+def moments(num_frames: int) -> list[float]:
+    """When, in frames, each row of visual tokens shows its squares."""
+    return [(t + 0.5) * TEMPORAL_PATCH - 0.5 for t in range(-(-num_frames // TEMPORAL_PATCH))]
+
+
+def num_visual_tokens(num_frames: int) -> int:
+    return len(moments(num_frames)) * (_GRID_SIDE // MERGE) ** 2
+
+
 def patchify(frames: np.ndarray) -> torch.Tensor:
     """Qwen2-VL patches of `frames [num_frames, height, width, 3]` (uint8): `[num_patches, 3 * 2 * 14 * 14]`, float32.
 
@@ -92,15 +108,16 @@ def patchify(frames: np.ndarray) -> torch.Tensor:
     """
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-    video = torch.from_numpy(frames).float().permute(0, 3, 1, 2) / 255
-    video = (video - torch.tensor(OPENAI_CLIP_MEAN).view(1, 3, 1, 1)) / torch.tensor(OPENAI_CLIP_STD).view(1, 3, 1, 1)
-    if pad := -len(video) % TEMPORAL_PATCH:
-        video = torch.cat([video, video[-1:].expand(pad, -1, -1, -1)])
-    t, c, h, w = video.shape
-    blocks = video.view(
-        t // TEMPORAL_PATCH, TEMPORAL_PATCH, c, h // PATCH // MERGE, MERGE, PATCH, w // PATCH // MERGE, MERGE, PATCH
+    if pad := -len(frames) % TEMPORAL_PATCH:
+        frames = np.concatenate([frames, frames[-1:].repeat(pad, axis=0)])
+    t, h, w, c = frames.shape
+    blocks = torch.from_numpy(frames).view(
+        t // TEMPORAL_PATCH, TEMPORAL_PATCH, h // PATCH // MERGE, MERGE, PATCH, w // PATCH // MERGE, MERGE, PATCH, c
     )
-    return blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, c * TEMPORAL_PATCH * PATCH * PATCH)
+    # Moved as bytes and turned into floats afterwards: a quarter of the memory's work.
+    pixels = blocks.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, c, TEMPORAL_PATCH * PATCH * PATCH).float()
+    mean, std = (torch.tensor(x).view(1, 3, 1) * 255 for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return pixels.sub_(mean).div_(std).view(len(pixels), -1)
 
 
 def position_ids(num_before: int, grid: tuple[int, int, int], num_after: int, seconds_per_grid: float) -> torch.Tensor:
@@ -119,8 +136,42 @@ def position_ids(num_before: int, grid: tuple[int, int, int], num_after: int, se
     return torch.cat([before, item, after], dim=1)
 
 
+def text_positions(num_before: int, num_frames: int, num_after: int, size: int) -> torch.Tensor:
+    """Positions `[3, size, length]` of `size` equal sequences with one video (or image) of `num_frames` each."""
+    side = _GRID_SIDE // MERGE
+    return position_ids(
+        num_before, (len(moments(num_frames)), side, side), num_after, TEMPORAL_PATCH / FPS
+    )[:, None].expand(-1, size, -1)  # fmt: skip
+
+
+def pixel_values(videos: list[np.ndarray]) -> torch.Tensor:
+    """Patches of equally long videos, one after another."""
+    frames = [np.concatenate([v, v[-1:].repeat(-len(v) % TEMPORAL_PATCH, axis=0)]) for v in videos]
+    return patchify(np.concatenate(frames))
+
+
 def encode_visual(
-    model: Qwen2_5_VLForConditionalGeneration, patches: torch.Tensor, grids: torch.Tensor
+    model: Qwen2_5_VLForConditionalGeneration, pixels: torch.Tensor, num_frames: int, size: int
 ) -> torch.Tensor:
-    """Projected visual tokens `[num_tokens, hidden_size]` of all items, in order."""
-    return model.model.visual(patches, grid_thw=grids).pooler_output
+    """Projected visual tokens `[size, num_visual, hidden_size]` of `size` videos of the generated world."""
+    grids = torch.tensor([[len(moments(num_frames)), _GRID_SIDE, _GRID_SIDE]] * size)
+    return model.model.visual(pixels, grid_thw=grids).pooler_output.view(size, num_visual_tokens(num_frames), -1)
+
+
+def prepare_for_training(model: Qwen2_5_VLForConditionalGeneration) -> None:
+    """Let the vision tower attend to all frames in one call; transformers calls once per frame, which CPUs pay for.
+
+    Same numbers: every window of this geometry is exactly one frame of patches.
+    """
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
+    def forward(self, hidden_states, cu_seqlens, position_embeddings=None, **kwargs):
+        length = hidden_states.shape[0]
+        q, k, v = self.qkv(hidden_states).reshape(length, 3, self.num_heads, -1).unbind(1)
+        q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
+        shape = -1, _GRID_SIDE**2, self.num_heads, self.head_dim
+        out = F.scaled_dot_product_attention(*(x.view(shape).transpose(1, 2).to(v.dtype) for x in (q, k, v)))
+        return self.proj(out.transpose(1, 2).reshape(length, -1))
+
+    for block in model.model.visual.blocks:
+        block.attn.forward = forward.__get__(block.attn)

@@ -1,0 +1,94 @@
+"""`lvspec bench` on real engines, each in processes of its own."""
+
+import json
+
+import jsonschema
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from vllm_lvspec.bench.command import BenchOptions, run_bench
+from vllm_lvspec.bench.peers import DraftSettings
+from vllm_lvspec.bench.results import json_schema
+from vllm_lvspec.bench.videofacts.scene import Scene, write_mp4
+from vllm_lvspec.cli import app
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A run of three peers on two videos."""
+    path = tmp_path_factory.mktemp("bench") / "out.json"
+    options = BenchOptions(
+        json_path=path,
+        samples=2,
+        seed=71,
+        tasks=["caption", "choice"],
+        policies=["ar", "ngram", "strict"],
+        draft=DraftSettings(num_speculative_tokens=6),
+        engine_arguments={"enforce_eager": True},
+    )
+    run_bench(options, Console(quiet=True), ["lvspec", "bench"])
+    return path
+
+
+def test_strict_keeps_every_token_and_saves_target_steps(out):
+    report = json.loads(out.read_text())
+    ar, ngram, strict = (report["policies"][p] for p in ("ar", "ngram", "strict"))
+    assert strict["same_answers"] == strict["retention"] == 1.0
+    assert ngram["same_answers"] == 1.0
+    assert ar["mean_accepted_length"] == 1.0
+    assert strict["mean_accepted_length"] > 1.5
+    assert strict["output_tokens"] == ar["output_tokens"] > 150
+    assert strict["target_steps"] < ar["target_steps"] == ar["output_tokens"] - 4
+    assert strict["reasons"]["exact"] == ar["target_steps"] - strict["target_steps"]
+    assert report["settings"]["num_speculative_tokens"] == 6
+
+
+def test_the_bound_is_near_what_was_measured(out):
+    """Engine and client add to the worker's times, and the machine may be busy: an order of magnitude."""
+    strict = json.loads(out.read_text())["policies"]["strict"]
+    assert 0 < strict["bound"]["draft_cost"] < 5
+    assert 0.3 < strict["bound"]["speedup"] / strict["speedup"] < 5
+
+
+def test_the_file_follows_its_schema_and_stands_beside_page_and_plots(out):
+    jsonschema.validate(json.loads(out.read_text()), json_schema())
+    assert "| strict |" in out.with_suffix(".md").read_text()
+    assert out.with_suffix(".png").stat().st_size > 1000
+    assert not out.with_suffix(".partial.jsonl").exists()
+
+
+def test_any_folder_of_videos_runs_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    for seed in (1, 2):
+        write_mp4(str(tmp_path / f"{seed}.mp4"), Scene.from_seed(seed).render())
+    lines = [{"video": f"{s}.mp4", "prompt": "What happens in this video?", "task": "mine"} for s in (1, 2)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = BenchOptions(
+        json_path=tmp_path / "out.json", dataset=str(tmp_path), policies=["strict"], max_tokens=20, num_frames=24,
+        engine_arguments={"enforce_eager": True},
+    )  # fmt: skip
+    from vllm_lvspec.bench import run
+
+    ask = run._ask
+
+    def stopped(llm, policy, samples, prompt, batch_size, max_tokens):
+        for number, answer in enumerate(ask(llm, policy, samples, prompt, batch_size, max_tokens)):
+            if policy and number == 1:
+                raise KeyboardInterrupt
+            yield answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_ask", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run_bench(options, Console(quiet=True))
+    report = run_bench(options, Console(quiet=True))
+    assert report.environment.resumed
+    assert report.policies["strict"].answers == 2
+    assert report.policies["strict"].fact_accuracy is None
+    assert report.settings.seed is None
+
+
+def test_the_command_names_wrong_options():
+    result = CliRunner().invoke(app, ["bench", "--json", "x.json", "--policies", "ar,fast"])
+    assert result.exit_code == 2
+    assert "policies='fast': must be of ar, ngram, strict" in result.output.replace("\n", " ")

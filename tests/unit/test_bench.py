@@ -1,0 +1,272 @@
+"""Figures, files and inputs of the bench, without an engine."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+
+from vllm_lvspec.bench.command import BenchError, BenchOptions, parse_engine_arguments, run_bench
+from vllm_lvspec.bench.peers import PEERS, DraftSettings
+from vllm_lvspec.bench.report import markdown, plot
+from vllm_lvspec.bench.results import Environment, Report, Settings, json_schema, summarise
+from vllm_lvspec.bench.run import Answer, Journal, PolicyRun, StepTimes
+from vllm_lvspec.bench.samples import DatasetError, dataset, videofacts
+from vllm_lvspec.bench.videofacts.scene import Scene, write_mp4
+from vllm_lvspec.config import LVSpecConfig
+
+ENVIRONMENT = Environment(date="2026-01-01", command="lvspec bench", versions={}, device="test", cores=2, resumed=False)
+
+
+def settings_for(samples, policies, **changes) -> Settings:
+    values = dict(
+        suite="videofacts", samples=len(samples), videos=len({s.video_name for s in samples}), seed=1,
+        tasks=["caption"],
+        policies=policies, model="target", draft="draft", shape=None, dtype="float32", batch_size=1,
+        num_speculative_tokens=10, pruning="uniform", pruning_ratio=0.9, max_tokens=256, num_frames=24,
+    )  # fmt: skip
+    return Settings(**{**values, **changes})
+
+
+def answer(policy: str, sample: str, tokens: int, steps: int, seconds: float, text: str = "") -> Answer:
+    return Answer(policy, sample, list(range(tokens)), text, steps, 0.5, 0.5 + seconds)
+
+
+@pytest.fixture
+def report() -> Report:
+    """Two videos, `ar` at 10 tokens a second and `strict` at twice that with 4 tokens a step."""
+    samples = videofacts(2, 1, ["caption", "choice"])
+    truth = {}
+    for sample in samples:
+        scene = Scene.from_seed(int(sample.video_name))
+        truth[sample.name] = _true_answer(scene, sample)
+    ar = [answer("ar", s.name, 101, 100, 10.0, truth[s.name]) for s in samples]
+    strict = [answer("strict", s.name, 101, 25, 5.0, truth[s.name]) for s in samples]
+    runs = {
+        "ar": PolicyRun(ar, 45.0, None),
+        "strict": PolicyRun(strict, 25.0, StepTimes(100, 12.0, 6.0)),
+    }
+    return summarise(runs, samples, settings_for(samples, ["ar", "strict"]), ENVIRONMENT)
+
+
+def _true_answer(scene, sample) -> str:
+    from vllm_lvspec.bench.videofacts.tasks import TASKS, make_task
+
+    rng = np.random.default_rng([int(sample.video_name), TASKS.index(sample.task)])
+    return make_task(scene, sample.task, rng).answer.text
+
+
+def test_figures_are_what_they_say(report):
+    ar, strict = report.policies["ar"], report.policies["strict"]
+    assert (ar.mean_accepted_length, strict.mean_accepted_length) == (1.0, 4.0)
+    assert (ar.tokens_per_second, strict.tokens_per_second) == (10.0, 20.0)
+    assert (ar.speedup, strict.speedup) == (1.0, 2.0)
+    assert (strict.output_tokens, strict.target_steps) == (404, 100)
+    assert strict.throughput == pytest.approx(404 / 25)
+    assert ar.fact_accuracy == strict.fact_accuracy == ar.order_accuracy == 1.0
+    assert strict.retention == strict.same_answers == 1.0
+    assert strict.reasons == {"exact": 300, "target": 104}
+    assert ar.reasons == {"exact": 0, "target": 404}
+    assert list(strict.tasks) == ["caption", "choice"]
+    assert strict.intervals["mean_accepted_length"] == (4.0, 4.0)
+    assert strict.facts["colour"].recall == strict.facts["colour"].precision == 1.0
+
+
+def test_the_bound_is_made_of_measured_costs(report):
+    bound = report.policies["strict"].bound
+    assert bound.target_step_seconds == pytest.approx(0.1)
+    assert bound.draft_cost == pytest.approx(0.06 / 10 / 0.1)
+    assert bound.verify_overhead == pytest.approx(0.12 / 0.1 - 1)
+    assert bound.speedup == pytest.approx(4 / (1 + 10 * 0.06 + 0.2))
+    assert report.policies["ar"].bound is None
+
+
+def test_intervals_are_over_videos_and_hold_the_figure():
+    samples = videofacts(40, 1, ["caption"])
+    rng = np.random.default_rng(0)
+    steps = rng.integers(20, 60, len(samples))
+    answers = [answer("strict", s.name, 101, int(n), 1.0) for s, n in zip(samples, steps, strict=True)]
+    runs = {"strict": PolicyRun(answers, 1.0, None)}
+    result = summarise(runs, samples, settings_for(samples, ["strict"]), ENVIRONMENT).policies["strict"]
+    low, high = result.intervals["mean_accepted_length"]
+    assert low < 4000 / steps.sum() < high
+    assert high - low < 1
+    assert result.retention is None and result.speedup is None and result.same_answers is None and result.bound is None
+
+
+def test_without_truth_there_are_no_facts():
+    samples = videofacts(3, 1, ["caption"])
+    blind = [type(s)(s.name, s.video_name, s.task, s.question, s.load_video) for s in samples]
+    runs = {"ar": PolicyRun([answer("ar", s.name, 11, 10, 1.0) for s in blind], 1.0, None)}
+    result = summarise(runs, blind, settings_for(blind, ["ar"]), ENVIRONMENT).policies["ar"]
+    assert result.fact_accuracy is result.order_accuracy is result.retention is None
+    assert result.facts == {}
+    assert "Facts\n" not in markdown(Report(environment=ENVIRONMENT, settings=settings_for(blind, ["ar"]),
+                                            policies={"ar": result}))  # fmt: skip
+
+
+def test_the_json_follows_its_schema_and_every_field_is_explained(report):
+    schema = json_schema()
+    jsonschema.validate(json.loads(report.model_dump_json()), schema)
+    broken = json.loads(report.model_dump_json())
+    del broken["policies"]["ar"]["target_steps"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(broken, schema)
+    for name, model in {**schema["$defs"], "Report": schema}.items():
+        for field, value in model["properties"].items():
+            assert "description" in value or name == "Report", f"{name}.{field}"
+
+
+def test_the_documentation_of_the_json_is_the_schema():
+    page = (Path(__file__).parents[2] / "docs" / "bench.md").read_text()
+    for model in json_schema()["$defs"].values():
+        for field, value in model["properties"].items():
+            assert f"| `{field}` | {value['description']} |" in page, field
+
+
+def test_markdown_and_plot_show_every_policy_and_task(report, tmp_path):
+    page = markdown(report)
+    assert "| strict | 4.00 [4.00, 4.00] | 2.00 [2.00, 2.00] | 2.22 | 1.000" in page
+    assert "| strict | caption | 2 | 101 |" in page
+    assert "T / (1 + K c + o) = 2.22" in page
+    assert "{{" not in page and "{%" not in page
+    plot(report, tmp_path / "out.png")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Journal --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_journal_goes_on_where_it_was(tmp_path):
+    path = tmp_path / "run.partial.jsonl"
+    first = Journal(path, {"seed": 1})
+    first.add(asdict(answer("ar", "a", 3, 2, 1.0)))
+    first.add({"policy": "ar", "wall_seconds": 2.0, "times": None})
+    with path.open("a") as file:
+        file.write('{"policy": "ar", "samp')  # killed while writing
+    again = Journal(path, {"seed": 1})
+    assert again.resumed
+    assert again.answers["ar"]["a"].token_ids == [0, 1, 2]
+    assert again.runs["ar"]["wall_seconds"] == 2.0
+    again.add(asdict(answer("ar", "b", 3, 2, 1.0)))
+    assert set(Journal(path, {"seed": 1}).answers["ar"]) == {"a", "b"}
+
+
+def test_a_journal_of_other_settings_is_not_taken_up(tmp_path):
+    path = tmp_path / "run.partial.jsonl"
+    Journal(path, {"seed": 1}).add(asdict(answer("ar", "a", 3, 2, 1.0)))
+    other = Journal(path, {"seed": 2})
+    assert not other.resumed
+    assert not other.answers["ar"]
+
+
+# Inputs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_suites_of_different_seeds_share_no_scene_with_each_other_or_with_training():
+    from vllm_lvspec.reference.train import SEED_OFFSET
+
+    names = {seed: {s.video_name for s in videofacts(50, seed)} for seed in (0, 1, 99)}
+    assert not names[0] & names[1]
+    assert max(int(n) for n in names[99]) < SEED_OFFSET
+    assert [s.question for s in videofacts(3, 1)] == [s.question for s in videofacts(3, 1)]
+    frames, details = videofacts(1, 1, num_frames=12)[0].load_video()
+    assert frames.shape == (12, 112, 112, 3)
+    assert details["fps"] == 2.0
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "clips").mkdir()
+    write_mp4(str(tmp_path / "clips" / "a.mp4"), Scene.from_seed(1).render())
+    lines = [
+        {"video": "clips/a.mp4", "prompt": "What happens?"},
+        {"video": "clips/a.mp4", "prompt": "Why?", "task": "x"},
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    return tmp_path
+
+
+def test_a_folder_of_videos_with_prompts_is_a_dataset(folder):
+    first, second = dataset(str(folder), None, num_frames=8)
+    assert (first.question, first.task, second.task) == ("What happens?", "prompt", "x")
+    assert first.video_name == second.video_name
+    frames, details = first.load_video()
+    assert frames.shape == (8, 112, 112, 3)
+    assert details["total_num_frames"] == 24
+    assert len(dataset(str(folder), 1, num_frames=8)) == 1
+
+
+def test_a_dataset_of_the_hub_is_such_a_folder(folder, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, repo_type: asked.append((name, repo_type)) or str(folder)
+    )
+    assert len(dataset("hf:owner/name", None, 8)) == 2
+    assert asked == [("owner/name", "dataset")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "prompts.jsonl:3: not JSON"),
+        ("[1]", "prompts.jsonl:3: [1]: must be an object"),
+        ('{"video": "clips/a.mp4"}', "prompts.jsonl:3: prompt=None: must be text; its keys are video"),
+        ('{"video": "clips/b.mp4", "prompt": "x"}', "video='clips/b.mp4': no such file"),
+        ('{"video": "../secret.mp4", "prompt": "x"}', "video='../secret.mp4': no such file in the dataset's folder"),
+    ],
+)
+def test_wrong_lines_are_named(folder, line, message):
+    (folder.parent / "secret.mp4").write_bytes(b"x")
+    text = (folder / "prompts.jsonl").read_text().strip() + "\n" + line
+    (folder / "prompts.jsonl").write_text(text)
+    with pytest.raises(DatasetError) as error:
+        dataset(str(folder), None, 8)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"json_path": Path("out.txt")}, "json='out.txt': must end in .json"),
+        ({"suite": "other"}, "suite='other': must be videofacts"),
+        ({"family": "other"}, "family='other': must be one of qwen2_5_vl, llava_onevision"),
+        ({"policies": ["ar", "fast"]}, "policies='fast': must be of ar, ngram, strict"),
+        ({"policies": ["ar", "ar"]}, "policies='ar,ar'"),
+        ({"batch_size": 0}, "batch_size=0: must be 1 or more"),
+        ({"samples": 0}, "samples=0: must be 1 or more"),
+        ({"seed": 100}, "seed=100: must be from 0 to 99"),
+        ({"tasks": ["caption", "poem"]}, "tasks='poem': must be one or more of caption"),
+        ({"dataset": "nowhere"}, "dataset='nowhere': no such folder"),
+        ({"shape": "1b"}, "shape='1b': must be one of 0.5b"),
+    ],
+)
+def test_wrong_options_are_named(changes, message, tmp_path):
+    from rich.console import Console
+
+    options = BenchOptions(**{"json_path": tmp_path / "out.json", **changes})
+    with pytest.raises(ValueError, match=r"must|no such") as error:
+        run_bench(options, Console())
+    assert message in str(error.value)
+
+
+def test_engine_arguments_are_an_object():
+    assert parse_engine_arguments('{"tensor_parallel_size": 2}') == {"tensor_parallel_size": 2}
+    for text in ("[", "[1]"):
+        with pytest.raises(BenchError, match="engine="):
+            parse_engine_arguments(text)
+
+
+def test_every_policy_of_the_verifier_is_a_peer():
+    settings = DraftSettings("DRAFT", 6, "none", 0.5)
+    assert PEERS["ar"](settings) is None
+    assert PEERS["ngram"](settings)["num_speculative_tokens"] == 6
+    for name, config in PEERS.items():
+        if name not in ("ar", "ngram"):
+            parsed = LVSpecConfig.parse(config(settings))
+            assert (parsed.policy, parsed.model, parsed.num_speculative_tokens) == (name, "DRAFT", 6)
+            assert (parsed.pruning, parsed.pruning_ratio) == ("none", 0.5)

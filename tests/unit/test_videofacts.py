@@ -1,0 +1,397 @@
+"""The generated world, what is said of it, and the scorer that reads it back."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_lvspec.bench.videofacts.facts import event_name, scene_facts
+from vllm_lvspec.bench.videofacts.grammar import EVENT_VERBS, NUMBERS
+from vllm_lvspec.bench.videofacts.scene import COLOURS, NUM_FRAMES, SIDE, SIZES, Scene, relations, video_item, write_mp4
+from vllm_lvspec.bench.videofacts.score import read, score_answer, totals
+from vllm_lvspec.bench.videofacts.tasks import TASKS, Task, make_task
+
+SEEDS = range(400)
+
+
+def task_of(seed: int, kind: str) -> tuple[Scene, Task]:
+    scene = Scene.from_seed(seed)
+    return scene, make_task(scene, kind, np.random.default_rng([seed, 5]))
+
+
+# Scenes ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_scene_follows_from_its_seed():
+    assert Scene.from_seed(3) == Scene.from_seed(3)
+    assert np.array_equal(Scene.from_seed(3).render(), Scene.from_seed(3).render())
+    assert len({Scene.from_seed(i) for i in range(300)}) == 300
+
+
+def test_scenes_have_all_kinds_of_events_one_an_object_and_one_after_another():
+    kinds = set()
+    for seed in SEEDS:
+        scene = Scene.from_seed(seed)
+        assert 2 <= len(scene.objects) <= 4
+        assert 2 <= len(scene.events) <= 3
+        assert len({o.colour for o in scene.objects}) == len(scene.objects)
+        touched = [i for e in scene.events for i in (e.actor, e.other) if i is not None]
+        assert len(set(touched)) == len(touched)
+        for earlier, later in itertools.pairwise(scene.events):
+            assert earlier.start < earlier.stop <= later.start
+        assert scene.events[-1].stop <= NUM_FRAMES
+        kinds |= {e.kind for e in scene.events}
+    assert kinds == {"move", "appear", "vanish", "change", "bounce", "collide"}
+
+
+def test_frames_show_each_object_where_and_in_the_colour_it_is():
+    for seed in range(60):
+        scene = Scene.from_seed(seed)
+        for i, frame in enumerate(scene.render()):
+            for index, obj in enumerate(scene.objects):
+                x, y = (round(c) for c in scene.centre(index, i))
+                colour = COLOURS[scene.colour_at(index, i)] if scene.is_visible(index, i) else (scene.background,) * 3
+                assert tuple(frame[y, x]) == colour
+                assert SIZES[obj.size] - 1 <= x <= SIDE - SIZES[obj.size] + 1
+
+
+def test_events_are_what_their_names_say():
+    for seed in SEEDS:
+        scene = Scene.from_seed(seed)
+        for event in scene.events:
+            (x0, y0), (x1, y1) = scene.centre(event.actor, 0), scene.centre(event.actor, NUM_FRAMES)
+            if event.kind == "move":
+                moved = {"left": x1 < x0, "right": x1 > x0, "top": y1 < y0, "bottom": y1 > y0}
+                assert moved[event.direction]
+                assert event.stop - event.start == {"quickly": 3, "slowly": 7}[event.speed]
+            else:
+                assert (x0, y0) == (x1, y1)
+            middle = (event.start + event.stop) / 2
+            x, y = scene.centre(event.actor, middle)
+            radius = SIZES[scene.objects[event.actor].size]
+            if event.kind == "bounce":
+                edge = {"left": x - radius, "right": SIDE - x - radius, "top": y - radius, "bottom": SIDE - y - radius}
+                assert abs(edge[event.direction]) < 1e-6
+            if event.kind == "collide":
+                other_x, other_y = scene.centre(event.other, middle)
+                reach = radius + SIZES[scene.objects[event.other].size]
+                assert abs(np.hypot(x - other_x, y - other_y) - reach) < 1e-6
+
+
+def test_squares_are_named_for_what_they_show():
+    for seed in range(40):
+        scene = Scene.from_seed(seed)
+        for frame in range(0, NUM_FRAMES, 5):
+            words = scene.words_at(frame, 28)
+            assert len(words) == 16
+            for index, obj in enumerate(scene.objects):
+                if scene.is_visible(index, frame):
+                    x, y = scene.centre(index, frame)
+                    said = words[int(y) // 28 * 4 + int(x) // 28]
+                    assert said[:3] == (scene.colour_at(index, frame), obj.shape, obj.size)
+            nothing_there = [w for w in words if not w]
+            assert len(nothing_there) >= 2
+
+
+def test_relations_hold_in_the_picture():
+    for seed in range(100):
+        scene = Scene.from_seed(seed)
+        for (i, j), words in relations(scene).items():
+            (xi, yi), (xj, yj) = scene.objects[i].home, scene.objects[j].home
+            assert words
+            holds = {"left": xi < xj, "right": xi > xj, "above": yi < yj, "below": yi > yj}
+            assert all(holds[word] for word in words)
+
+
+def test_a_written_video_reads_back_as_it_was(tmp_path):
+    import cv2
+
+    frames = Scene.from_seed(4).render()
+    path = tmp_path / "clip.mp4"
+    write_mp4(str(path), frames)
+    video = cv2.VideoCapture(str(path))
+    assert video.get(cv2.CAP_PROP_FPS) == 4.0
+    decoded = []
+    while (item := video.read())[0]:
+        decoded.append(item[1][:, :, ::-1])
+    assert len(decoded) == len(frames) == video_item(frames)[1]["total_num_frames"]
+    assert np.abs(np.stack(decoded).astype(int) - frames).mean() < 5
+
+
+# Language -------------------------------------------------------------------------------------------------------------
+
+
+def test_facts_are_as_dense_as_in_the_papers_captions_and_denser_elsewhere():
+    words, facts = dict.fromkeys(TASKS, 0), dict.fromkeys(TASKS, 0.0)
+    for seed in range(1000):
+        for kind in TASKS:
+            _, task = task_of(seed, kind)
+            count = len(re.findall(r"\w+|[^\w\s]", task.answer.text))
+            words[kind] += count
+            facts[kind] += task.answer.fact_density * count
+            if kind == "caption":
+                assert 60 <= count <= 250
+                assert task.answer.fact_density <= 0.2
+    density = {kind: facts[kind] / words[kind] for kind in TASKS}
+    assert 0.15 <= density["caption"] <= 0.20
+    assert 0.20 <= density["description"] <= 0.30
+    assert 0.30 <= density["question"] <= 0.35
+    assert 0.18 <= density["choice"] <= 0.35
+
+
+def test_fillers_vary_and_facts_do_not():
+    scene = Scene.from_seed(12)
+    texts, said = set(), set()
+    for draw in range(200):
+        task = make_task(scene, "description", np.random.default_rng(draw))
+        texts.add(task.answer.text)
+        said.add(read(task.answer.text).facts)
+    assert len(texts) == 200
+    assert len(said) == 1
+
+
+def test_fact_spans_are_the_facts_words():
+    for seed in range(100):
+        scene, task = task_of(seed, "caption")
+        marked = [task.answer.text[a:b].lower() for a, b in task.answer.fact_spans]
+        assert NUMBERS[len(scene.objects)] in marked
+        for obj in scene.objects:
+            assert {obj.colour, obj.shape, obj.size} <= set(marked)
+        assert "<" not in task.answer.text and "{" not in task.answer.text and "[" not in task.answer.text
+
+
+# Scorer ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_true_answers_score_full(kind):
+    """The bar is 99.5 % agreement; 100 % of 1,000 answers a task are read back whole."""
+    missed = []
+    for seed in range(20_000, 21_000):
+        scene, task = task_of(seed, kind)
+        score = score_answer(scene, task, task.answer.text)
+        if score.accuracy < 1 or score.order_right is False:
+            missed.append(task.answer.text)
+    assert len(missed) <= 5, missed[:3]
+
+
+def replaced(text: str, swap: dict[str, str]) -> str:
+    return re.sub(rf"\b({'|'.join(map(re.escape, swap))})\b", lambda m: swap[m[1]], text)
+
+
+def replaced_facts(task: Task, swap: dict[str, str]) -> str:
+    """The answer with words swapped where they are facts: space that is "left over" stays so."""
+    text = task.answer.text
+    for begin, end in reversed(task.answer.fact_spans):
+        text = text[:begin] + replaced(text[begin:end], swap) + text[end:]
+    return text
+
+
+@pytest.mark.parametrize("kind", ["caption", "description"])
+def test_swapped_colours_are_always_caught(kind):
+    for seed in SEEDS:
+        scene, task = task_of(seed, kind)
+        a, b = scene.objects[0], scene.objects[1]
+        wrong = replaced(task.answer.text, {a.colour: b.colour, b.colour: a.colour})
+        if replaced(wrong, {a.name: "x", b.name: "x"}) == replaced(task.answer.text, {a.name: "x", b.name: "x"}):
+            # Of the same shape: then what happens to them is swapped, unless nothing or the same thing does.
+            continue
+        assert score_answer(scene, task, wrong).accuracy < 1, wrong
+
+
+@pytest.mark.parametrize("kind", ["caption", "description"])
+def test_wrong_words_are_always_caught(kind):
+    swaps = [
+        {"left": "right", "right": "left", "top": "bottom", "bottom": "top"},
+        {"circle": "square", "square": "triangle", "triangle": "circle"},
+        {"quickly": "slowly", "slowly": "quickly"},
+        {"small": "large", "large": "small"},
+        {"two": "three", "three": "four", "four": "two"},
+        {"above": "below", "below": "above"},
+        dict(zip(COLOURS, [*list(COLOURS)[1:], "red"], strict=True)),
+    ]
+    caught = 0
+    for seed, swap in itertools.product(SEEDS, swaps):
+        scene, task = task_of(seed, kind)
+        wrong = replaced_facts(task, swap)
+        if wrong == task.answer.text:
+            continue
+        caught += 1
+        assert score_answer(scene, task, wrong).accuracy < 1, (swap, wrong)
+    assert caught > 1000
+
+
+def test_swapped_events_are_always_caught():
+    for seed in SEEDS:
+        scene, task = task_of(seed, "description")
+        sentences = task.answer.text.split(". ")
+        events = [i for i, s in enumerate(sentences) if read(s).events]
+        assert len(events) == len(scene.events)
+        first, second = events[:2]
+        sentences[first], sentences[second] = sentences[second].rstrip("."), sentences[first].rstrip(".")
+        score = score_answer(scene, task, ". ".join(sentences))
+        assert score.order_right is False
+        assert score.wrong["order"] >= 1
+        assert score.accuracy < 1
+
+
+def test_another_kind_of_event_is_always_caught():
+    kinds = list(EVENT_VERBS)
+    for seed in SEEDS:
+        scene, task = task_of(seed, "description")
+        swap = {"vanish": "appears", "appear": "vanishes"}
+        for event in scene.events:
+            if event.kind not in swap:
+                continue
+            wrong = replaced(task.answer.text, dict.fromkeys(EVENT_VERBS[event.kind], swap[event.kind]))
+            assert score_answer(scene, task, wrong).accuracy < 1
+    assert {"appear", "vanish"} <= set(kinds)
+
+
+def test_a_dropped_no_is_always_caught():
+    negated = 0
+    for seed in SEEDS:
+        for kind in ("caption", "question"):
+            scene, task = task_of(seed, kind)
+            asked = [options for options in task.required if next(iter(options))[0] == "negation"]
+            if not asked:
+                continue
+            negated += 1
+            wrong = replaced_facts(task, {"no": "", "No": ""})
+            assert wrong != task.answer.text
+            score = score_answer(scene, task, wrong)
+            assert score.accuracy < 1
+            assert score.wrong["negation"] >= 1
+    assert negated > len(SEEDS)
+
+
+def test_an_invented_object_and_a_missing_one_cost_as_much():
+    scene, task = task_of(1, "description")
+    full = score_answer(scene, task, task.answer.text)
+    invented = next(c for c in COLOURS if c not in {o.colour for o in scene.objects})
+    more = score_answer(scene, task, f"{task.answer.text} There is a {invented} circle.")
+    assert sum(more.wrong.values()) == 2  # its colour and its shape
+    assert more.right == full.right
+    nothing = score_answer(scene, task, "")
+    assert nothing.accuracy == 0
+    assert not any(nothing.wrong.values())
+
+
+def test_a_choice_is_scored_by_its_letter():
+    scene, task = task_of(5, "choice")
+    (letter,) = (fact[1] for options in task.required for fact in options)
+    other = "ABCD".replace(letter, "")[0]
+    assert score_answer(scene, task, f"So the letter is {letter}.").accuracy == 1
+    assert score_answer(scene, task, letter).accuracy == 1
+    assert score_answer(scene, task, f"({letter}) because it is so").accuracy == 1
+    assert score_answer(scene, task, f"The answer is {other}.").accuracy == 0
+    assert score_answer(scene, task, task.answer.text.replace(f" {letter}.", f" {other}.")).accuracy == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "facts"),
+    [
+        ("To the left drifts the little violet disc.",
+         {("motion", "purple", "to", "left"), ("size", "purple", "small")}),
+        ("The blue box moved upwards fast.", {("motion", "blue", "to", "top"), ("motion", "blue", "pace", "quickly")}),
+        ("The red circle and the blue square vanish.", {("event", "red", "vanish"), ("event", "blue", "vanish")}),
+        ("The red circle collides with the blue square.", {("event", "blue+red", "collide")}),
+        ("The red one turns from red into green.", {("colour", "red", "becomes", "green")}),
+        ("The red circle is to the left of the blue square.", {("relation", "red", "left", "blue")}),
+        ("Below the red circle sits the blue square.", {("relation", "blue", "below", "red")}),
+        ("The red circle is above the blue square and left of the cyan one.", {("relation", "red", "left", "cyan")}),
+        ("None of the objects collide.", {("negation", "collide")}),
+        ("There isn't a triangle.", {("negation", "triangle")}),
+        ("I count 3 objects.", {("count", "3")}),
+        ("The red circle slides right, then the blue square bounces off the top edge.",
+         {("motion", "red", "to", "right"), ("motion", "blue", "off", "top")}),
+    ],
+)  # fmt: skip
+def test_the_reader_knows_words_that_the_grammar_does_not_write(text, facts):
+    assert facts <= read(text).facts
+
+
+@pytest.mark.parametrize(
+    ("text", "order"),
+    [
+        ("The red circle vanishes before the blue square appears.", ("red:vanish", "blue:appear")),
+        ("The red circle vanishes after the blue square appears.", ("blue:appear", "red:vanish")),
+        ("After the blue square appears, the red circle vanishes.", ("blue:appear", "red:vanish")),
+        ("Before the blue square appears, the red circle vanishes.", ("red:vanish", "blue:appear")),
+        ("First the red circle moves up and then the blue square moves down.", ("red:move", "blue:move")),
+    ],
+)
+def test_order_is_that_of_time_and_not_of_words(text, order):
+    assert read(text).events == order
+
+
+def test_what_has_changed_may_go_by_its_new_colour():
+    seed = next(s for s in SEEDS if any(e.kind == "change" for e in Scene.from_seed(s).events))
+    scene, task = task_of(seed, "description")
+    event = next(e for e in scene.events if e.kind == "change")
+    more = f"{task.answer.text} There is now a {event.colour} {scene.objects[event.actor].shape}."
+    assert score_answer(scene, task, more).accuracy == 1
+
+
+def test_totals_add_up_by_kind():
+    scene, task = task_of(2, "caption")
+    right = score_answer(scene, task, task.answer.text)
+    both = totals([right, score_answer(scene, task, "")])
+    for kind, count in right.required.items():
+        assert both[kind] == {"required": 2 * count, "right": count, "wrong": 0}
+    assert {event_name(scene, e) for e in scene.events} == set(read(task.answer.text).events)
+
+
+@given(st.text(max_size=300))
+@settings(max_examples=200, deadline=None)
+def test_any_text_is_scored(text):
+    scene, task = task_of(7, "caption")
+    score = score_answer(scene, task, text)
+    assert 0 <= score.accuracy <= 1
+
+
+WORDS = [
+    "the",
+    "a",
+    "red",
+    "blue",
+    "circle",
+    "square",
+    "@0@",
+    "and",
+    "then",
+    "before",
+    "left",
+    "of",
+    "above",
+    ",",
+    ".",
+    "no",
+    "collide",
+    "turns",
+    "vanish",
+    "moves",
+    "quickly",
+    "to",
+    "top",
+    "objects",
+    "two",
+    "after",
+    "once",
+]
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_any_order_of_its_own_words_is_scored(words):
+    scene, task = task_of(7, "caption")
+    assert 0 <= score_answer(scene, task, " ".join(words)).accuracy <= 1
+
+
+def test_facts_of_a_scene_are_all_of_known_kinds():
+    from vllm_lvspec.bench.videofacts.facts import KINDS
+
+    assert {fact[0] for seed in range(50) for fact in scene_facts(Scene.from_seed(seed))} == set(KINDS) - {"choice"}

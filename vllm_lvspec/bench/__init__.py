@@ -1,0 +1,1 @@
+"""Measuring drafting and verification: data, peers, runs, reports."""

@@ -1,0 +1,276 @@
+"""What a run is worth: figures with intervals, and the JSON that holds them.
+
+Intervals are 95 % bootstrap over videos: the answers to one video stay together, and two policies are compared on the
+same draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from vllm_lvspec.bench.run import Answer, PolicyRun
+from vllm_lvspec.bench.samples import Sample
+from vllm_lvspec.bench.videofacts.score import Score, totals
+
+NUM_DRAWS = 2000
+BASELINE = "ar"
+Interval = tuple[float, float]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class FactFigures(_Model):
+    """Facts of one kind over all answers of a policy."""
+
+    required: int = Field(description="facts that the answers had to state")
+    right: int = Field(description="required facts that they state")
+    wrong: int = Field(description="false facts that they state")
+    precision: float | None = Field(description="right over right and wrong; null where nothing was said")
+    recall: float | None = Field(description="right over required; null where nothing was required")
+
+
+class Figures(_Model):
+    """Figures of one policy, over all of its answers or those of one task."""
+
+    answers: int = Field(description="number of answers")
+    output_tokens: int = Field(description="tokens of all answers")
+    target_steps: int = Field(description="target steps after those that gave each answer's first token")
+    mean_accepted_length: float = Field(
+        description="tokens per target verification step, the correcting or bonus token included, first tokens apart"
+    )
+    tokens_per_second: float = Field(
+        description="decode speed of a request: tokens after the first over seconds from the first to the last"
+    )
+    first_token_seconds: float = Field(description="mean time from a request's arrival to its first token")
+    fact_accuracy: float | None = Field(
+        description="mean over answers of required facts stated over required facts and false ones; null without truth"
+    )
+    order_accuracy: float | None = Field(
+        description="share of the answers asked for several events that tell all of them in their order"
+    )
+    retention: float | None = Field(description="fact_accuracy over that of ar in the same run; null without either")
+    same_answers: float | None = Field(description="share of answers with the same tokens as ar's; null without ar")
+    speedup: float | None = Field(description="tokens_per_second over that of ar in the same run; null without ar")
+    intervals: dict[str, Interval] = Field(description="95 % bootstrap interval of each of the figures above")
+
+
+class Bound(_Model):
+    """The speedup `T / (1 + K c + o)` that a chain of K drafted tokens allows, from times on the first rank."""
+
+    target_step_seconds: float = Field(description="ar's seconds per token, the unit of c and o")
+    draft_cost: float = Field(description="c: seconds of one drafted token over target_step_seconds")
+    verify_overhead: float = Field(description="o: what a target step over 1 + K rows takes more than 1, same unit")
+    speedup: float = Field(description="T / (1 + K c + o), T being mean_accepted_length")
+
+
+class PolicyResult(Figures):
+    """One policy."""
+
+    wall_seconds: float = Field(description="seconds for all answers, prompts included, engine start apart")
+    throughput: float = Field(description="output_tokens over wall_seconds")
+    reasons: dict[str, int] = Field(
+        description="how many tokens were emitted for which reason: exact (drafted, and the target's choice), target "
+        "(the target's own, first tokens included)"
+    )
+    facts: dict[str, FactFigures] = Field(description="by kind of fact; empty without truth")
+    tasks: dict[str, Figures] = Field(description="the same figures by task")
+    bound: Bound | None = Field(description="null at batch sizes above 1, without ar, and for peers that are not ours")
+
+
+class Environment(_Model):
+    """Where and with what a run was made."""
+
+    date: str = Field(description="start, UTC, ISO 8601")
+    command: str = Field(description="the command line")
+    versions: dict[str, str] = Field(description="vllm_lvspec, vllm, torch, transformers, triton, python")
+    device: str = Field(description="GPU's name, or CPU's")
+    cores: int = Field(description="CPU cores that the process may use")
+    resumed: bool = Field(description="whether answers come from an earlier run that was stopped")
+
+
+class Settings(_Model):
+    """What was asked for."""
+
+    suite: str = Field(description="videofacts, or the dataset's name")
+    samples: int = Field(description="number of questions")
+    videos: int = Field(description="number of videos")
+    seed: int | None = Field(description="of the suite's scenes; null for datasets")
+    tasks: list[str] = Field(description="kinds of questions")
+    policies: list[str] = Field(description="in the order in which they ran")
+    model: str = Field(description="target")
+    draft: str | None = Field(description="drafter; null: the plugin's choice")
+    shape: str | None = Field(description="larger shape at whose cost the target was served")
+    dtype: str = Field(description="weights and activations")
+    batch_size: int = Field(description="requests running at once")
+    num_speculative_tokens: int = Field(description="K")
+    pruning: str = Field(description="the drafter's view of the video")
+    pruning_ratio: float = Field(description="share of a video's tokens that the drafter does not see")
+    max_tokens: int = Field(description="per answer")
+    num_frames: int = Field(description="frames of a video")
+
+
+class Report(_Model):
+    """The whole file."""
+
+    environment: Environment
+    settings: Settings
+    policies: dict[str, PolicyResult]
+
+
+class _Sums:
+    """Per-video sums of one policy, from which figures and their draws are made."""
+
+    def __init__(self, answers: Sequence[Answer], samples: Sequence[Sample], scores: Sequence[Score | None]):
+        videos = {name: i for i, name in enumerate(dict.fromkeys(s.video_name for s in samples))}
+        rows = np.array([videos[s.video_name] for s in samples])
+
+        def by_video(values: Sequence[float]) -> np.ndarray:
+            return np.bincount(rows, np.asarray(values, float), len(videos))
+
+        self.tokens = by_video([max(len(a.token_ids) - 1, 0) for a in answers])
+        self.steps = by_video([a.steps for a in answers])
+        self.seconds = by_video([a.last_token_seconds - a.first_token_seconds for a in answers])
+        self.first = by_video([a.first_token_seconds for a in answers])
+        self.answers = by_video([1.0] * len(answers))
+        self.accuracy = by_video([0.0 if s is None else s.accuracy for s in scores])
+        self.scored = by_video([float(s is not None) for s in scores])
+        self.in_order = by_video([float(bool(s and s.order_right)) for s in scores])
+        self.ordered = by_video([float(s is not None and s.order_right is not None) for s in scores])
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return above / below
+
+
+def _figures(answers: Sequence[Answer], samples: Sequence[Sample], baseline: Sequence[Answer] | None) -> Figures:
+    scores = [s.score(a.text) if s.score else None for a, s in zip(answers, samples, strict=True)]
+    own = _Sums(answers, samples, scores)
+    base = None
+    same = None
+    if baseline is not None:
+        base_scores = [s.score(a.text) if s.score else None for a, s in zip(baseline, samples, strict=True)]
+        base = _Sums(baseline, samples, base_scores)
+        same = sum(a.token_ids == b.token_ids for a, b in zip(answers, baseline, strict=True)) / len(answers)
+    num_videos = len(own.tokens)
+    picks = np.random.default_rng(0).integers(0, num_videos, (NUM_DRAWS, num_videos))
+    everything = np.arange(num_videos)[None]
+    intervals: dict[str, Interval] = {}
+
+    def estimate(name: str, compute: Callable[[np.ndarray], np.ndarray]) -> float | None:
+        value = float(compute(everything)[0])
+        if not np.isfinite(value):
+            return None
+        draws = compute(picks)
+        low, high = np.percentile(draws[np.isfinite(draws)], [2.5, 97.5])
+        intervals[name] = (float(low), float(high))
+        return value
+
+    def total(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return values[rows].sum(1)
+
+    def accuracy(sums: _Sums, rows: np.ndarray) -> np.ndarray:
+        return _ratio(total(sums.accuracy, rows), total(sums.scored, rows))
+
+    def speed(sums: _Sums, rows: np.ndarray) -> np.ndarray:
+        return _ratio(total(sums.tokens, rows), total(sums.seconds, rows))
+
+    return Figures(
+        answers=len(answers),
+        output_tokens=sum(len(a.token_ids) for a in answers),
+        target_steps=sum(a.steps for a in answers),
+        mean_accepted_length=estimate(
+            "mean_accepted_length", lambda r: _ratio(total(own.tokens, r), total(own.steps, r))
+        )
+        or 0.0,
+        tokens_per_second=estimate("tokens_per_second", lambda r: speed(own, r)) or 0.0,
+        first_token_seconds=estimate(
+            "first_token_seconds", lambda r: _ratio(total(own.first, r), total(own.answers, r))
+        )
+        or 0.0,
+        fact_accuracy=estimate("fact_accuracy", lambda r: accuracy(own, r)),
+        order_accuracy=estimate("order_accuracy", lambda r: _ratio(total(own.in_order, r), total(own.ordered, r))),
+        retention=None
+        if base is None
+        else estimate("retention", lambda r: _ratio(accuracy(own, r), accuracy(base, r))),
+        same_answers=same,
+        speedup=None if base is None else estimate("speedup", lambda r: _ratio(speed(own, r), speed(base, r))),
+        intervals=intervals,
+    )
+
+
+def _facts(answers: Sequence[Answer], samples: Sequence[Sample]) -> dict[str, FactFigures]:
+    scores = [s.score(a.text) for a, s in zip(answers, samples, strict=True) if s.score]
+    return {
+        kind: FactFigures(
+            **counts,
+            precision=_share(counts["right"], counts["right"] + counts["wrong"]),
+            recall=_share(counts["right"], counts["required"]),
+        )
+        for kind, counts in totals(scores).items()
+    }
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _bound(run: PolicyRun, figures: Figures, baseline: Figures, num_speculative_tokens: int) -> Bound | None:
+    times = run.times
+    if times is None or not times.steps or not baseline.tokens_per_second:
+        return None
+    unit = 1 / baseline.tokens_per_second
+    draft = times.draft_seconds / times.steps / num_speculative_tokens / unit
+    overhead = times.target_seconds / times.steps / unit - 1
+    return Bound(
+        target_step_seconds=unit,
+        draft_cost=draft,
+        verify_overhead=overhead,
+        speedup=figures.mean_accepted_length / (1 + num_speculative_tokens * draft + overhead),
+    )
+
+
+def summarise(
+    runs: dict[str, PolicyRun], samples: Sequence[Sample], settings: Settings, environment: Environment
+) -> Report:
+    """All figures of a run; `runs[policy].answers` stand in the order of `samples`."""
+    baseline = runs[BASELINE].answers if BASELINE in runs else None
+    base_figures = None if baseline is None else _figures(baseline, samples, baseline)
+    policies = {}
+    for name, run in runs.items():
+        figures = _figures(run.answers, samples, baseline)
+        tasks = {}
+        for task in dict.fromkeys(s.task for s in samples):
+            rows = [i for i, s in enumerate(samples) if s.task == task]
+            part = None if baseline is None else [baseline[i] for i in rows]
+            tasks[task] = _figures([run.answers[i] for i in rows], [samples[i] for i in rows], part)
+        exact = figures.output_tokens - figures.answers - figures.target_steps
+        bound = None
+        if base_figures is not None and settings.batch_size == 1:
+            bound = _bound(run, figures, base_figures, settings.num_speculative_tokens)
+        policies[name] = PolicyResult(
+            **figures.model_dump(),
+            wall_seconds=run.wall_seconds,
+            throughput=figures.output_tokens / run.wall_seconds if run.wall_seconds else 0.0,
+            reasons=_reasons(exact, figures),
+            facts=_facts(run.answers, samples),
+            tasks=tasks,
+            bound=bound,
+        )
+    return Report(environment=environment, settings=settings, policies=policies)
+
+
+def _reasons(exact: int, figures: Figures) -> dict[str, int]:
+    """A chain that ends with the answer has no token of the target's own after it, so `exact` may fall short by it."""
+    return {"exact": max(exact, 0), "target": figures.output_tokens - max(exact, 0)}
+
+
+def json_schema() -> dict[str, Any]:
+    """The schema of the JSON file."""
+    return Report.model_json_schema()

@@ -1,0 +1,214 @@
+"""Runs peers in turn on the same questions, and keeps every answer, so that a stopped run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_lvspec.bench.peers import PEERS, DraftSettings
+from vllm_lvspec.bench.samples import Sample
+
+NUM_WARM_UP = 2  # first requests of an engine are slower; these are asked and forgotten
+_WARM_UP_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one peer said to one sample, and what it took.
+
+    `steps`: target steps after the one that gave the first token. Seconds count from the request's arrival.
+    """
+
+    policy: str
+    sample: str
+    token_ids: list[int]
+    text: str
+    steps: int
+    first_token_seconds: float
+    last_token_seconds: float
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds on the first rank, over steps in which nothing was prefilled."""
+
+    steps: int = 0
+    target_seconds: float = 0.0  # forward and verification
+    draft_seconds: float = 0.0
+
+
+@dataclass
+class PolicyRun:
+    answers: list[Answer]
+    wall_seconds: float  # of answering, engine start and warm-up apart
+    times: StepTimes | None  # None where the plugin is not in it
+
+
+class Journal:
+    """Answers in a file, one a line; its first line says for which settings."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path = path
+        self.answers: dict[str, dict[str, Answer]] = defaultdict(dict)
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.resumed = False
+        header = json.dumps(settings, sort_keys=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        if lines and lines[0] == header:
+            for line in lines[1:]:
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    break  # the last line of a run that was killed
+                self.resumed = True
+                if "sample" in entry:
+                    self.answers[entry["policy"]][entry["sample"]] = Answer(**entry)
+                else:
+                    self.runs[entry["policy"]] = entry
+        kept = [asdict(a) for answers in self.answers.values() for a in answers.values()] + list(self.runs.values())
+        path.write_text("\n".join([header, *map(json.dumps, kept)]) + "\n")
+
+    def add(self, entry: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def run_policies(
+    policies: Sequence[str],
+    samples: Sequence[Sample],
+    model: str,
+    draft: DraftSettings,
+    batch_size: int,
+    max_tokens: int,
+    engine_arguments: dict[str, Any],
+    journal: Journal,
+    on_start: Callable[[str], None] = lambda policy: None,
+    on_answer: Callable[[str], None] = lambda policy: None,
+) -> dict[str, PolicyRun]:
+    """Ask all `samples` of every policy, one engine after another."""
+    results = {}
+    for policy in policies:
+        known = journal.answers[policy]
+        for _ in known:
+            on_answer(policy)
+        waiting = [s for s in samples if s.name not in known]
+        totals = journal.runs.get(policy, {"policy": policy, "wall_seconds": 0.0, "times": None})
+        if waiting:
+            on_start(policy)
+            with _engine(model, PEERS[policy](draft), batch_size, engine_arguments) as llm:
+                prompt = _prompt_writer(llm)
+                _warm_up(llm, samples, prompt, batch_size)
+                before = _step_times(llm)
+                started = time.perf_counter()
+                for answer in _ask(llm, policy, waiting, prompt, batch_size, max_tokens):
+                    known[answer.sample] = answer
+                    journal.add(asdict(answer))
+                    on_answer(policy)
+                totals["wall_seconds"] += time.perf_counter() - started
+                times = _step_times(llm)
+                if times is not None and before is not None:
+                    totals["times"] = {k: v - before[k] + (totals["times"] or {}).get(k, 0) for k, v in times.items()}
+                journal.add(totals)
+        measured = StepTimes(**totals["times"]) if totals["times"] else None
+        results[policy] = PolicyRun([known[s.name] for s in samples], totals["wall_seconds"], measured)
+    return results
+
+
+@contextmanager
+def _engine(
+    model: str, speculative_config: dict[str, Any] | None, batch_size: int, arguments: dict[str, Any]
+) -> Iterator[Any]:
+    from vllm import LLM
+
+    llm = LLM(
+        model,
+        **{
+            "max_num_seqs": batch_size,
+            "speculative_config": speculative_config,
+            "enable_prefix_caching": False,  # every answer pays for its own prompt
+            "limit_mm_per_prompt": {"video": 1, "image": 0},
+            **arguments,
+        },
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def _prompt_writer(llm: Any) -> Callable[[Sample], dict[str, Any]]:
+    from transformers import AutoProcessor
+
+    config = llm.llm_engine.model_config
+    processor = AutoProcessor.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+
+    def write(sample: Sample) -> dict[str, Any]:
+        content = [{"type": "video"}, {"type": "text", "text": sample.question}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return {"prompt": text, "multi_modal_data": {"video": [sample.load_video()]}}
+
+    return write
+
+
+def _warm_up(llm: Any, samples: Sequence[Sample], prompt: Callable[[Sample], dict[str, Any]], batch_size: int) -> None:
+    chosen = list(samples)[: NUM_WARM_UP * batch_size]
+    for _ in _ask(llm, "", chosen, prompt, batch_size, _WARM_UP_TOKENS):
+        pass
+
+
+def _step_times(llm: Any) -> dict[str, float] | None:
+    """Totals since the engine's start, or None for an engine without the plugin."""
+    if "lvspec" not in llm.llm_engine.vllm_config.additional_config:
+        return None
+    return llm.collective_rpc("lvspec_step_times")[0]
+
+
+def _ask(
+    llm: Any,
+    policy: str,
+    samples: Sequence[Sample],
+    prompt: Callable[[Sample], dict[str, Any]],
+    batch_size: int,
+    max_tokens: int,
+) -> Iterator[Answer]:
+    """Keep `batch_size` requests running; greedy.
+
+    The engine is stepped by hand: it reports once a step, so that a request's reports after its first are its target
+    steps, whatever the method, with nothing to be worked out from counters.
+    """
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    waiting = iter(samples)
+    running: dict[str, tuple[Sample, float, float, int]] = {}
+    while True:
+        while len(running) < batch_size and (sample := next(waiting, None)) is not None:
+            inputs = prompt(sample)
+            arrived = time.perf_counter()
+            engine.add_request(sample.name, inputs, SamplingParams(temperature=0, max_tokens=max_tokens))
+            running[sample.name] = (sample, arrived, 0.0, -1)
+        if not running:
+            return
+        outputs = engine.step()
+        now = time.perf_counter()
+        for output in outputs:
+            sample, arrived, first, steps = running[output.request_id]
+            running[output.request_id] = (sample, arrived, first or now, steps + 1)
+            if output.finished:
+                sample, arrived, first, steps = running.pop(output.request_id)
+                completion = output.outputs[0]
+                yield Answer(
+                    policy,
+                    sample.name,
+                    list(completion.token_ids),
+                    completion.text,
+                    steps,
+                    first - arrived,
+                    now - arrived,
+                )

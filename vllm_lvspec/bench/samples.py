@@ -1,0 +1,132 @@
+"""What is asked: generated scenes with known truth, or anybody's videos with a list of prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_lvspec.bench.videofacts.scene import FPS, NUM_FRAMES, Scene, video_item
+from vllm_lvspec.bench.videofacts.score import Score, score_answer
+from vllm_lvspec.bench.videofacts.tasks import TASKS, make_task
+
+SEEDS_PER_SUITE = 10_000  # suites of different seeds share no scene
+NUM_SUITES = 100  # scenes from a million on are what the reference pairs were trained with
+Video = tuple[np.ndarray, dict[str, Any]]  # frames [num_frames, height, width, 3], uint8, and vLLM's metadata
+
+
+class DatasetError(ValueError):
+    """A dataset that can't be used, named with what would be right."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one video. `score` is None where no truth is known."""
+
+    name: str
+    video_name: str
+    task: str
+    question: str
+    load_video: Callable[[], Video]
+    score: Callable[[str], Score] | None = None
+
+
+def videofacts(num_videos: int, seed: int, tasks: Sequence[str] = TASKS, num_frames: int = NUM_FRAMES) -> list[Sample]:
+    """Each of `tasks` on each of `num_videos` scenes that follow from `seed`."""
+    if not 0 <= seed < NUM_SUITES:
+        raise DatasetError(f"seed={seed}: must be from 0 to {NUM_SUITES - 1}")
+    if not 1 <= num_videos <= SEEDS_PER_SUITE:
+        raise DatasetError(f"samples={num_videos}: must be from 1 to {SEEDS_PER_SUITE}")
+    for kind in tasks:
+        if kind not in TASKS:
+            raise DatasetError(f"tasks={kind!r}: must be one or more of {', '.join(TASKS)}")
+    samples = []
+    for index in range(seed * SEEDS_PER_SUITE, seed * SEEDS_PER_SUITE + num_videos):
+        scene = Scene.from_seed(index)
+        for kind in tasks:
+            task = make_task(scene, kind, np.random.default_rng([index, TASKS.index(kind)]))
+            samples.append(
+                Sample(
+                    name=f"{index}-{kind}",
+                    video_name=str(index),
+                    task=kind,
+                    question=task.prompt,
+                    load_video=partial(_rendered, scene, num_frames),
+                    score=partial(score_answer, scene, task),
+                )
+            )
+    return samples
+
+
+def _rendered(scene: Scene, num_frames: int) -> Video:
+    return video_item(scene.render(num_frames), FPS * num_frames / NUM_FRAMES)
+
+
+def dataset(
+    name: str, num_samples: int | None, num_frames: int, video_key: str = "video", prompt_key: str = "prompt"
+) -> list[Sample]:
+    """Samples of a folder, or of `hf:NAME`, a dataset repository of the hub that holds such a folder.
+
+    The folder has one or more `.jsonl` files; each line names a video file, relative to the folder, and a prompt.
+    Raises DatasetError, which names file, line and key, where that is not so.
+    """
+    folder = _download(name.removeprefix("hf:")) if name.startswith("hf:") else Path(name)
+    if not folder.is_dir():
+        raise DatasetError(f"dataset={name!r}: no such folder; give a folder, or hf:NAME for one of the hub")
+    lists = sorted(folder.rglob("*.jsonl"))
+    if not lists:
+        raise DatasetError(
+            f"dataset={name!r}: no .jsonl file in it; each line must name a {video_key} and a {prompt_key}"
+        )
+    samples = []
+    for path in lists:
+        for number, entry in _entries(path):
+            where = f"{path.relative_to(folder)}:{number}"
+            for key in (video_key, prompt_key):
+                if not isinstance(entry.get(key), str):
+                    raise DatasetError(
+                        f"{where}: {key}={entry.get(key)!r}: must be text; its keys are {', '.join(entry)}"
+                    )
+            video = (folder / entry[video_key]).resolve()
+            if not video.is_relative_to(folder.resolve()) or not video.is_file():
+                raise DatasetError(f"{where}: {video_key}={entry[video_key]!r}: no such file in the dataset's folder")
+            task = str(entry.get("task", "prompt"))
+            load = partial(_decoded, video, num_frames)
+            samples.append(Sample(where, entry[video_key], task, entry[prompt_key], load))
+            if num_samples is not None and len(samples) == num_samples:
+                return samples
+    return samples
+
+
+def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DatasetError(f"{path.name}:{number}: not JSON: {error.msg}") from None
+        if not isinstance(entry, dict):
+            raise DatasetError(f"{path.name}:{number}: {line.strip()[:60]}: must be an object")
+        yield number, entry
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise DatasetError(f"dataset='hf:{name}': can't be had from the hub: {error}") from None
+
+
+def _decoded(path: Path, num_frames: int) -> Video:
+    from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
+
+    return VideoMediaIO(ImageMediaIO(), num_frames=num_frames).load_file(path).media

@@ -1,0 +1,1 @@
+"""VideoFacts: generated videos whose every fact is known, questions about them, and a scorer without a judge."""
