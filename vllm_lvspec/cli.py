@@ -66,8 +66,10 @@ def bench(
     restart: Annotated[bool, typer.Option(help="forget the answers of a run that was stopped")] = False,
 ) -> None:
     """Compare ways to decode on the same questions: accepted length, speed, and facts kept."""
-    from vllm_lvspec.bench.command import BenchOptions, parse_engine_arguments, run_bench
+    from vllm_lvspec.bench.command import BenchError, BenchOptions, parse_engine_arguments, run_bench
     from vllm_lvspec.bench.peers import DraftSettings
+    from vllm_lvspec.bench.samples import DatasetError
+    from vllm_lvspec.config import LVSpecConfigError
 
     console = Console()
     try:
@@ -93,8 +95,8 @@ def bench(
             restart=restart,
         )
         run_bench(options, console)
-    except ValueError as error:
-        console.print(f"[red]{error}[/]", highlight=False)
+    except (BenchError, DatasetError, LVSpecConfigError) as error:
+        console.print(str(error), style="red", highlight=False, markup=False)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")

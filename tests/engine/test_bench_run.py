@@ -84,6 +84,8 @@ def test_any_folder_of_videos_runs_and_goes_on_where_it_was_stopped(tmp_path, mo
     report = run_bench(options, Console(quiet=True))
     assert report.environment.resumed
     assert report.policies["strict"].answers == 2
+    assert report.policies["strict"].wall_seconds >= 2 * report.policies["strict"].first_token_seconds
+    assert report.policies["strict"].truncated == 2
     assert report.policies["strict"].fact_accuracy is None
     assert report.settings.seed is None
 

@@ -1,5 +1,6 @@
 """Figures, files and inputs of the bench, without an engine."""
 
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -25,13 +26,13 @@ def settings_for(samples, policies, **changes) -> Settings:
         suite="videofacts", samples=len(samples), videos=len({s.video_name for s in samples}), seed=1,
         tasks=["caption"],
         policies=policies, model="target", draft="draft", shape=None, dtype="float32", batch_size=1,
-        num_speculative_tokens=10, pruning="uniform", pruning_ratio=0.9, max_tokens=256, num_frames=24,
+        num_speculative_tokens=10, pruning="uniform", pruning_ratio=0.9, max_tokens=256, num_frames=24, engine={},
     )  # fmt: skip
     return Settings(**{**values, **changes})
 
 
 def answer(policy: str, sample: str, tokens: int, steps: int, seconds: float, text: str = "") -> Answer:
-    return Answer(policy, sample, list(range(tokens)), text, steps, 0.5, 0.5 + seconds)
+    return Answer(policy, sample, list(range(tokens)), text, steps, 0.5, 0.5 + seconds, "stop", seconds + 1)
 
 
 @pytest.fixture
@@ -45,8 +46,8 @@ def report() -> Report:
     ar = [answer("ar", s.name, 101, 100, 10.0, truth[s.name]) for s in samples]
     strict = [answer("strict", s.name, 101, 25, 5.0, truth[s.name]) for s in samples]
     runs = {
-        "ar": PolicyRun(ar, 45.0, None),
-        "strict": PolicyRun(strict, 25.0, StepTimes(100, 12.0, 6.0)),
+        "ar": PolicyRun(ar, None),
+        "strict": PolicyRun(strict, StepTimes(100, 12.0, 6.0)),
     }
     return summarise(runs, samples, settings_for(samples, ["ar", "strict"]), ENVIRONMENT)
 
@@ -64,7 +65,7 @@ def test_figures_are_what_they_say(report):
     assert (ar.tokens_per_second, strict.tokens_per_second) == (10.0, 20.0)
     assert (ar.speedup, strict.speedup) == (1.0, 2.0)
     assert (strict.output_tokens, strict.target_steps) == (404, 100)
-    assert strict.throughput == pytest.approx(404 / 25)
+    assert strict.throughput == pytest.approx(404 / (4 * 6))
     assert ar.fact_accuracy == strict.fact_accuracy == ar.order_accuracy == 1.0
     assert strict.retention == strict.same_answers == 1.0
     assert strict.reasons == {"exact": 300, "target": 104}
@@ -88,7 +89,7 @@ def test_intervals_are_over_videos_and_hold_the_figure():
     rng = np.random.default_rng(0)
     steps = rng.integers(20, 60, len(samples))
     answers = [answer("strict", s.name, 101, int(n), 1.0) for s, n in zip(samples, steps, strict=True)]
-    runs = {"strict": PolicyRun(answers, 1.0, None)}
+    runs = {"strict": PolicyRun(answers, None)}
     result = summarise(runs, samples, settings_for(samples, ["strict"]), ENVIRONMENT).policies["strict"]
     low, high = result.intervals["mean_accepted_length"]
     assert low < 4000 / steps.sum() < high
@@ -99,7 +100,7 @@ def test_intervals_are_over_videos_and_hold_the_figure():
 def test_without_truth_there_are_no_facts():
     samples = videofacts(3, 1, ["caption"])
     blind = [type(s)(s.name, s.video_name, s.task, s.question, s.load_video) for s in samples]
-    runs = {"ar": PolicyRun([answer("ar", s.name, 11, 10, 1.0) for s in blind], 1.0, None)}
+    runs = {"ar": PolicyRun([answer("ar", s.name, 11, 10, 1.0) for s in blind], None)}
     result = summarise(runs, blind, settings_for(blind, ["ar"]), ENVIRONMENT).policies["ar"]
     assert result.fact_accuracy is result.order_accuracy is result.retention is None
     assert result.facts == {}
@@ -136,6 +137,15 @@ def test_markdown_and_plot_show_every_policy_and_task(report, tmp_path):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_answers_of_one_token_have_no_speed_and_break_nothing(tmp_path):
+    samples = videofacts(2, 1, ["caption", "choice"])
+    runs = {"ar": PolicyRun([answer("ar", s.name, 1, 0, 0.0) for s in samples], None)}
+    report = summarise(runs, samples, settings_for(samples, ["ar"]), ENVIRONMENT)
+    assert report.policies["ar"].mean_accepted_length is report.policies["ar"].tokens_per_second is None
+    assert "| ar | – |" in markdown(report)
+    plot(report, tmp_path / "out.png")
+
+
 # Journal --------------------------------------------------------------------------------------------------------------
 
 
@@ -143,13 +153,13 @@ def test_a_journal_goes_on_where_it_was(tmp_path):
     path = tmp_path / "run.partial.jsonl"
     first = Journal(path, {"seed": 1})
     first.add(asdict(answer("ar", "a", 3, 2, 1.0)))
-    first.add({"policy": "ar", "wall_seconds": 2.0, "times": None})
+    first.add({"policy": "ar", "times": {"steps": 2}})
     with path.open("a") as file:
         file.write('{"policy": "ar", "samp')  # killed while writing
     again = Journal(path, {"seed": 1})
     assert again.resumed
     assert again.answers["ar"]["a"].token_ids == [0, 1, 2]
-    assert again.runs["ar"]["wall_seconds"] == 2.0
+    assert again.times["ar"] == {"steps": 2}
     again.add(asdict(answer("ar", "b", 3, 2, 1.0)))
     assert set(Journal(path, {"seed": 1}).answers["ar"]) == {"a", "b"}
 
@@ -168,9 +178,12 @@ def test_a_journal_of_other_settings_is_not_taken_up(tmp_path):
 def test_suites_of_different_seeds_share_no_scene_with_each_other_or_with_training():
     from vllm_lvspec.reference.train import SEED_OFFSET
 
-    names = {seed: {s.video_name for s in videofacts(50, seed)} for seed in (0, 1, 99)}
-    assert not names[0] & names[1]
-    assert max(int(n) for n in names[99]) < SEED_OFFSET
+    suites = {seed: videofacts(50, seed, ["choice"]) for seed in (1, 2, 99)}
+    scenes = {seed: {Scene.from_seed(int(s.video_name)) for s in suite} for seed, suite in suites.items()}
+    trained = {Scene.from_seed(SEED_OFFSET + i) for i in range(3000)}
+    for one, other in itertools.combinations([*scenes.values(), trained], 2):
+        assert not one & other
+    assert max(int(s.video_name) for s in videofacts(10_000, 99, ["choice"])[-1:]) < SEED_OFFSET
     assert [s.question for s in videofacts(3, 1)] == [s.question for s in videofacts(3, 1)]
     frames, details = videofacts(1, 1, num_frames=12)[0].load_video()
     assert frames.shape == (12, 112, 112, 3)
@@ -242,6 +255,9 @@ def test_wrong_lines_are_named(folder, line, message):
         ({"seed": 100}, "seed=100: must be from 0 to 99"),
         ({"tasks": ["caption", "poem"]}, "tasks='poem': must be one or more of caption"),
         ({"dataset": "nowhere"}, "dataset='nowhere': no such folder"),
+        ({"draft": DraftSettings(pruning="some")}, "pruning="),
+        ({"draft": DraftSettings(num_speculative_tokens=0)}, "num_speculative_tokens=0"),
+        ({"engine_arguments": {"max_num_seqs": 4}}, "max_num_seqs=4: leave it out"),
         ({"shape": "1b"}, "shape='1b': must be one of 0.5b"),
     ],
 )
@@ -249,7 +265,7 @@ def test_wrong_options_are_named(changes, message, tmp_path):
     from rich.console import Console
 
     options = BenchOptions(**{"json_path": tmp_path / "out.json", **changes})
-    with pytest.raises(ValueError, match=r"must|no such") as error:
+    with pytest.raises(ValueError, match=r"must|no such|leave it out") as error:
         run_bench(options, Console())
     assert message in str(error.value)
 

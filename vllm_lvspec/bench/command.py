@@ -24,6 +24,7 @@ from vllm_lvspec.bench.results import Environment, Report, Settings, summarise
 from vllm_lvspec.bench.run import Journal, run_policies
 from vllm_lvspec.bench.samples import Sample, dataset, videofacts
 from vllm_lvspec.bench.videofacts.tasks import TASKS
+from vllm_lvspec.config import METHOD, LVSpecConfig
 from vllm_lvspec.reference import PAIRS
 
 VIDEOFACTS = "videofacts"
@@ -90,22 +91,26 @@ def run_bench(options: BenchOptions, console: Console, command: Sequence[str] = 
         model=model if options.model else f"{options.family}/target",
         draft=draft.model if options.draft.model or not is_reference else f"{options.family}/draft",
         shape=options.shape,
-        dtype=dtype,
+        dtype=str(engine["dtype"]),
         batch_size=options.batch_size,
         num_speculative_tokens=draft.num_speculative_tokens,
         pruning=draft.pruning,
         pruning_ratio=draft.pruning_ratio,
         max_tokens=options.max_tokens,
         num_frames=num_frames,
+        engine=engine,
     )
+    if "max_num_seqs" in engine:
+        raise BenchError(f"engine: max_num_seqs={engine['max_num_seqs']!r}: leave it out; batch_size says it")
     options.json_path.parent.mkdir(parents=True, exist_ok=True)
     partial = options.json_path.with_suffix(".partial.jsonl")
     if options.restart:
         partial.unlink(missing_ok=True)
     # Policies are apart in the journal, so that one can be added to those that have run.
-    compared = {**settings.model_dump(exclude={"policies"}), "engine": engine}
+    environment = _environment(command)
+    compared = {**settings.model_dump(exclude={"policies"}), "versions": environment.versions, "weights": _dates(model)}
     journal = Journal(partial, compared)
-    environment = _environment(command, journal.resumed)
+    environment.resumed = journal.resumed
     with _progress(console) as progress:
         bars = {p: progress.add_task(p, total=len(samples), state="waits") for p in options.policies}
         runs = run_policies(
@@ -142,6 +147,9 @@ def _check(options: BenchOptions) -> None:
     for policy in options.policies:
         if policy not in PEERS:
             raise BenchError(f"policies={policy!r}: must be of {', '.join(PEERS)}")
+        config = PEERS[policy](options.draft)
+        if config is not None and config["method"] == METHOD:
+            LVSpecConfig.parse(config)
     for key in ("batch_size", "max_tokens", "num_frames", "samples"):
         value = getattr(options, key)
         if value is not None and value < 1:
@@ -162,7 +170,7 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-def _environment(command: Sequence[str], resumed: bool) -> Environment:
+def _environment(command: Sequence[str]) -> Environment:
     import torch
 
     versions = {"python": platform.python_version()}
@@ -178,8 +186,13 @@ def _environment(command: Sequence[str], resumed: bool) -> Environment:
         versions=versions,
         device=device,
         cores=len(os.sched_getaffinity(0)),
-        resumed=resumed,
+        resumed=False,
     )
+
+
+def _dates(model: str) -> list[float]:
+    """When the weights in a folder were written: answers of others are not taken up again."""
+    return [path.stat().st_mtime for path in sorted(Path(model).glob("*.safetensors"))]
 
 
 def _cpu_name() -> str:

@@ -41,11 +41,14 @@ class Figures(_Model):
     answers: int = Field(description="number of answers")
     output_tokens: int = Field(description="tokens of all answers")
     target_steps: int = Field(description="target steps after those that gave each answer's first token")
-    mean_accepted_length: float = Field(
-        description="tokens per target verification step, the correcting or bonus token included, first tokens apart"
+    truncated: int = Field(description="answers that were cut at max_tokens")
+    mean_accepted_length: float | None = Field(
+        description="tokens per target verification step, the correcting or bonus token included, first tokens apart; "
+        "null where no answer has a second token"
     )
-    tokens_per_second: float = Field(
-        description="decode speed of a request: tokens after the first over seconds from the first to the last"
+    tokens_per_second: float | None = Field(
+        description="decode speed of a request: tokens after the first over seconds from the first to the last; null "
+        "where no answer has a second token"
     )
     first_token_seconds: float = Field(description="mean time from a request's arrival to its first token")
     fact_accuracy: float | None = Field(
@@ -57,15 +60,20 @@ class Figures(_Model):
     retention: float | None = Field(description="fact_accuracy over that of ar in the same run; null without either")
     same_answers: float | None = Field(description="share of answers with the same tokens as ar's; null without ar")
     speedup: float | None = Field(description="tokens_per_second over that of ar in the same run; null without ar")
-    intervals: dict[str, Interval] = Field(description="95 % bootstrap interval of each of the figures above")
+    intervals: dict[str, Interval] = Field(description="95 % bootstrap intervals, by name of the figure")
 
 
 class Bound(_Model):
-    """The speedup `T / (1 + K c + o)` that a chain of K drafted tokens allows, from times on the first rank."""
+    """The speedup `T / (1 + K c + o)` that a chain of K drafted tokens allows."""
 
-    target_step_seconds: float = Field(description="ar's seconds per token, the unit of c and o")
-    draft_cost: float = Field(description="c: seconds of one drafted token over target_step_seconds")
-    verify_overhead: float = Field(description="o: what a target step over 1 + K rows takes more than 1, same unit")
+    target_step_seconds: float = Field(description="ar's seconds per token, the engine's own work included: the unit")
+    draft_cost: float = Field(
+        description="c: seconds of one drafted token in the first rank's worker over target_step_seconds"
+    )
+    verify_overhead: float = Field(
+        description="o: seconds of a target step over 1 + K rows in the first rank's worker over target_step_seconds, "
+        "minus 1; below 0 where the engine's own work around a step costs more than the further rows"
+    )
     speedup: float = Field(description="T / (1 + K c + o), T being mean_accepted_length")
 
 
@@ -113,6 +121,7 @@ class Settings(_Model):
     pruning_ratio: float = Field(description="share of a video's tokens that the drafter does not see")
     max_tokens: int = Field(description="per answer")
     num_frames: int = Field(description="frames of a video")
+    engine: dict[str, Any] = Field(description="arguments of vLLM's engine")
 
 
 class Report(_Model):
@@ -136,8 +145,6 @@ class _Sums:
         self.tokens = by_video([max(len(a.token_ids) - 1, 0) for a in answers])
         self.steps = by_video([a.steps for a in answers])
         self.seconds = by_video([a.last_token_seconds - a.first_token_seconds for a in answers])
-        self.first = by_video([a.first_token_seconds for a in answers])
-        self.answers = by_video([1.0] * len(answers))
         self.accuracy = by_video([0.0 if s is None else s.accuracy for s in scores])
         self.scored = by_video([float(s is not None) for s in scores])
         self.in_order = by_video([float(bool(s and s.order_right)) for s in scores])
@@ -185,15 +192,12 @@ def _figures(answers: Sequence[Answer], samples: Sequence[Sample], baseline: Seq
         answers=len(answers),
         output_tokens=sum(len(a.token_ids) for a in answers),
         target_steps=sum(a.steps for a in answers),
+        truncated=sum(a.finish_reason == "length" for a in answers),
         mean_accepted_length=estimate(
             "mean_accepted_length", lambda r: _ratio(total(own.tokens, r), total(own.steps, r))
-        )
-        or 0.0,
-        tokens_per_second=estimate("tokens_per_second", lambda r: speed(own, r)) or 0.0,
-        first_token_seconds=estimate(
-            "first_token_seconds", lambda r: _ratio(total(own.first, r), total(own.answers, r))
-        )
-        or 0.0,
+        ),
+        tokens_per_second=estimate("tokens_per_second", lambda r: speed(own, r)),
+        first_token_seconds=_mean([a.first_token_seconds for a in answers]),
         fact_accuracy=estimate("fact_accuracy", lambda r: accuracy(own, r)),
         order_accuracy=estimate("order_accuracy", lambda r: _ratio(total(own.in_order, r), total(own.ordered, r))),
         retention=None
@@ -217,13 +221,17 @@ def _facts(answers: Sequence[Answer], samples: Sequence[Sample]) -> dict[str, Fa
     }
 
 
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
 def _bound(run: PolicyRun, figures: Figures, baseline: Figures, num_speculative_tokens: int) -> Bound | None:
     times = run.times
-    if times is None or not times.steps or not baseline.tokens_per_second:
+    if times is None or not times.steps or not baseline.tokens_per_second or not figures.mean_accepted_length:
         return None
     unit = 1 / baseline.tokens_per_second
     draft = times.draft_seconds / times.steps / num_speculative_tokens / unit

@@ -32,13 +32,15 @@ class Answer:
     steps: int
     first_token_seconds: float
     last_token_seconds: float
+    finish_reason: str
+    wall_seconds: float  # since the answer before it, of any request
 
 
 @dataclass(frozen=True)
 class StepTimes:
     """Seconds on the first rank, over steps in which nothing was prefilled."""
 
-    steps: int = 0
+    steps: float = 0
     target_seconds: float = 0.0  # forward and verification
     draft_seconds: float = 0.0
 
@@ -46,37 +48,49 @@ class StepTimes:
 @dataclass
 class PolicyRun:
     answers: list[Answer]
-    wall_seconds: float  # of answering, engine start and warm-up apart
     times: StepTimes | None  # None where the plugin is not in it
+
+    @property
+    def wall_seconds(self) -> float:
+        """Of answering, engine start and warm-up apart."""
+        return sum(answer.wall_seconds for answer in self.answers)
 
 
 class Journal:
-    """Answers in a file, one a line; its first line says for which settings."""
+    """Answers and times in a file, one a line; its first line says for which settings.
+
+    `times`: those of the part that was run to its end, where a run was stopped in between.
+    """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path = path
         self.answers: dict[str, dict[str, Answer]] = defaultdict(dict)
-        self.runs: dict[str, dict[str, Any]] = {}
-        self.resumed = False
+        self.times: dict[str, dict[str, float]] = {}
         header = json.dumps(settings, sort_keys=True)
         lines = path.read_text().splitlines() if path.exists() else []
+        kept = [header]
         if lines and lines[0] == header:
             for line in lines[1:]:
                 try:
                     entry = json.loads(line)
                 except json.JSONDecodeError:
                     break  # the last line of a run that was killed
-                self.resumed = True
-                if "sample" in entry:
-                    self.answers[entry["policy"]][entry["sample"]] = Answer(**entry)
-                else:
-                    self.runs[entry["policy"]] = entry
-        kept = [asdict(a) for answers in self.answers.values() for a in answers.values()] + list(self.runs.values())
-        path.write_text("\n".join([header, *map(json.dumps, kept)]) + "\n")
+                self._take(entry)
+                kept.append(line)
+        self.resumed = len(kept) > 1
+        path.write_text("\n".join(kept) + "\n")
 
     def add(self, entry: dict[str, Any]) -> None:
+        """Take and write an answer or a policy's times."""
+        self._take(entry)
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        if "sample" in entry:
+            self.answers[entry["policy"]][entry["sample"]] = Answer(**entry)
+        else:
+            self.times[entry["policy"]] = entry["times"]
 
 
 def run_policies(
@@ -98,25 +112,19 @@ def run_policies(
         for _ in known:
             on_answer(policy)
         waiting = [s for s in samples if s.name not in known]
-        totals = journal.runs.get(policy, {"policy": policy, "wall_seconds": 0.0, "times": None})
         if waiting:
             on_start(policy)
             with _engine(model, PEERS[policy](draft), batch_size, engine_arguments) as llm:
                 prompt = _prompt_writer(llm)
                 _warm_up(llm, samples, prompt, batch_size)
                 before = _step_times(llm)
-                started = time.perf_counter()
                 for answer in _ask(llm, policy, waiting, prompt, batch_size, max_tokens):
-                    known[answer.sample] = answer
                     journal.add(asdict(answer))
                     on_answer(policy)
-                totals["wall_seconds"] += time.perf_counter() - started
-                times = _step_times(llm)
-                if times is not None and before is not None:
-                    totals["times"] = {k: v - before[k] + (totals["times"] or {}).get(k, 0) for k, v in times.items()}
-                journal.add(totals)
-        measured = StepTimes(**totals["times"]) if totals["times"] else None
-        results[policy] = PolicyRun([known[s.name] for s in samples], totals["wall_seconds"], measured)
+                if (times := _step_times(llm)) is not None and before is not None:
+                    journal.add({"policy": policy, "times": {k: v - before[k] for k, v in times.items()}})
+        measured = StepTimes(**journal.times[policy]) if policy in journal.times else None
+        results[policy] = PolicyRun([known[s.name] for s in samples], measured)
     return results
 
 
@@ -131,7 +139,9 @@ def _engine(
         **{
             "max_num_seqs": batch_size,
             "speculative_config": speculative_config,
-            "enable_prefix_caching": False,  # every answer pays for its own prompt
+            # Every answer pays for its own prompt and video.
+            "enable_prefix_caching": False,
+            "mm_processor_cache_gb": 0,
             "limit_mm_per_prompt": {"video": 1, "image": 0},
             **arguments,
         },
@@ -187,6 +197,7 @@ def _ask(
     engine = llm.llm_engine
     waiting = iter(samples)
     running: dict[str, tuple[Sample, float, float, int]] = {}
+    before = time.perf_counter()
     while True:
         while len(running) < batch_size and (sample := next(waiting, None)) is not None:
             inputs = prompt(sample)
@@ -199,16 +210,20 @@ def _ask(
         now = time.perf_counter()
         for output in outputs:
             sample, arrived, first, steps = running[output.request_id]
-            running[output.request_id] = (sample, arrived, first or now, steps + 1)
+            first, steps = first or now, steps + 1
+            running[output.request_id] = (sample, arrived, first, steps)
             if output.finished:
-                sample, arrived, first, steps = running.pop(output.request_id)
+                del running[output.request_id]
                 completion = output.outputs[0]
                 yield Answer(
-                    policy,
-                    sample.name,
-                    list(completion.token_ids),
-                    completion.text,
-                    steps,
-                    first - arrived,
-                    now - arrived,
+                    policy=policy,
+                    sample=sample.name,
+                    token_ids=list(completion.token_ids),
+                    text=completion.text,
+                    steps=steps,
+                    first_token_seconds=first - arrived,
+                    last_token_seconds=now - arrived,
+                    finish_reason=str(completion.finish_reason),
+                    wall_seconds=now - before,
                 )
+                before = now

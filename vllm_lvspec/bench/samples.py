@@ -100,6 +100,8 @@ def dataset(
             samples.append(Sample(where, entry[video_key], task, entry[prompt_key], load))
             if num_samples is not None and len(samples) == num_samples:
                 return samples
+    if not samples:
+        raise DatasetError(f"dataset={name!r}: its .jsonl files are empty")
     return samples
 
 

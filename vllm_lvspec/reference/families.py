@@ -15,7 +15,8 @@ class Family(Protocol):
     """A module of this package.
 
     `SHAPES`: what `build_model` takes, by role. `VIDEO_FRAMES`: frames of a scene that its models see.
-    `BEFORE_VISUAL`, `AFTER_VISUAL`: marks around a placeholder in a prompt.
+    `BEFORE_VISUAL`, `AFTER_VISUAL`: marks around a placeholder in a prompt. `POSITION_AXES`: what stands before
+    `[size, length]` in the shape of positions.
     """
 
     SHAPES: dict[str, dict[str, Any]]
@@ -23,6 +24,7 @@ class Family(Protocol):
     BEFORE_VISUAL: str
     AFTER_VISUAL: str
     SEES_IMAGES: bool
+    POSITION_AXES: tuple[int, ...]
 
     def build_model(self, shape: dict, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Any: ...
 

@@ -21,6 +21,7 @@ PATCH = 14
 POOL = 2
 VIDEO_FRAMES = NUM_FRAMES // 2  # every other frame: a frame costs as much here as two do in Qwen2.5-VL
 BEFORE_VISUAL = AFTER_VISUAL = ""
+POSITION_AXES: tuple[int, ...] = ()
 SEES_IMAGES = False  # images come as several tiles, which these models never learned
 _SQUARES = (SIDE // PATCH // POOL) ** 2
 

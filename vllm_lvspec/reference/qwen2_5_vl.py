@@ -15,6 +15,7 @@ TEMPORAL_PATCH = 2
 TOKENS_PER_SECOND = 4
 VIDEO_FRAMES = NUM_FRAMES
 BEFORE_VISUAL, AFTER_VISUAL = "<|vision_start|>", "<|vision_end|>"
+POSITION_AXES: tuple[int, ...] = (3,)
 SEES_IMAGES = True
 _GRID_SIDE = SIDE // PATCH
 

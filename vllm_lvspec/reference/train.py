@@ -3,10 +3,11 @@
     python -m vllm_lvspec.reference.train qwen2_5_vl target --out DIR
     python -m vllm_lvspec.reference.train llava_onevision target --out DIR2 --start-from DIR
 
-Two losses: the usual one on the answers, and one that makes every visual token's last state predict, through the
-language head, the words for what its patch shows. Large Video-LLMs have this alignment from pre-training; without it a
-small model learns to caption fluently and blindly. Data follow from the step's number, so a run that was stopped goes
-on from its last state (`DIR/state.pt`) exactly where it was.
+Three losses: the usual one on the answers; one on looking up options of multiple choice, in text alone; and one that
+makes every visual token's last state predict, through the language head, the words for what its patch shows. Large
+Video-LLMs have this alignment from pre-training; without it a small model learns to caption fluently and blindly. Data
+follow from the step's number, so a run that was stopped goes on from its last state (`DIR/state.pt`) exactly where it
+was.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ FACT_WEIGHT = 3.0
 IMAGE_EVERY = 16  # batches
 WARMUP_STEPS = 100
 CHECKPOINT_STEPS = 100
+LETTERS_A_STEP = 48
 
 
 class Batch:
     """`size` dialogues over videos (or all over single images), padded on the right.
 
-    `long_answers`: a caption or description and a question; else several questions.
+    `long_answers`: a caption or description and two questions; else four questions.
     """
 
     def __init__(
@@ -101,11 +103,40 @@ class Batch:
         return torch.tensor([[token(word) for word in words] for words in squares])
 
 
+class LetterBatch:
+    """Text alone: an answer is told, and the letter of the option that says it is wanted.
+
+    Looking an option up takes a small model tens of thousands of examples; these cost a hundredth of a video's.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, step: int, size: int):
+        rng = np.random.default_rng([step, 29])
+        ids, weights = [], []
+        for i in range(size):
+            task = make_task(Scene.from_seed(SEED_OFFSET + step * size + i), "choice", rng)
+            begin, end = task.answer.fact_spans[0][0], task.answer.fact_spans[-2][1]
+            options = task.prompt[task.prompt.index(" A: ") + 1 :]
+            text = (
+                f"<|im_start|>user\nIt is {task.answer.text[begin:end]}. {options}<|im_end|>\n<|im_start|>assistant\n"
+            )
+            ask = tokenizer(text).input_ids
+            encoded = tokenizer(task.answer.text, return_offsets_mapping=True)
+            ids.append(torch.tensor(ask + encoded.input_ids))
+            weights.append(torch.tensor([0.0] * len(ask) + _fact_weights(task, encoded.offset_mapping)))
+        self.ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
+        self.weights = torch.nn.utils.rnn.pad_sequence(weights, batch_first=True)
+
+    def to(self, device: torch.device) -> LetterBatch:
+        self.ids, self.weights = self.ids.to(device), self.weights.to(device)
+        return self
+
+
 def _dialogue(scene: Scene, rng: np.random.Generator, image: bool, long_answers: bool) -> list[Task]:
     if image:
         return [image_task(scene, rng)]
-    short = [("question", "choice")[int(rng.integers(2))] for _ in range(1 if long_answers else 4)]
-    long = [("caption", "description")[int(rng.random() < 0.4)]] if long_answers else []
+    # What happens, and when, is the hardest to learn: descriptions tell it in fewer words than captions.
+    short = ["question"] + [("question", "choice")[int(rng.integers(2))] for _ in range(1 if long_answers else 3)]
+    long = [("caption", "description")[int(rng.random() < 0.6)]] if long_answers else []
     kinds = long + short if rng.random() < 0.5 else short + long
     return [make_task(scene, kind, rng) for kind in kinds]
 
@@ -114,6 +145,21 @@ def _weights(task: Task, offsets: list[tuple[int, int]]) -> list[float]:
     """Facts weigh more than the fillers among which they stand; the best prediction of either stays the same."""
     spans = task.answer.fact_spans
     return [FACT_WEIGHT if any(begin < b and a < end for a, b in spans) else 1.0 for begin, end in offsets]
+
+
+def _fact_weights(task: Task, offsets: list[tuple[int, int]]) -> list[float]:
+    return [float(weight == FACT_WEIGHT) for weight in _weights(task, offsets)]
+
+
+def letter_loss(family: Family, model: Any, batch: LetterBatch) -> torch.Tensor:
+    """Loss on the facts, the letter among them, of answers to questions that need no video."""
+    size, length = batch.ids.shape
+    positions = torch.arange(length, device=batch.ids.device).expand(*family.POSITION_AXES, size, -1)
+    hidden = model.model.language_model(
+        inputs_embeds=model.get_input_embeddings()(batch.ids), position_ids=positions, use_cache=False
+    ).last_hidden_state
+    mask = batch.weights[:, 1:] > 0
+    return F.cross_entropy(model.lm_head(hidden[:, :-1][mask]).float(), batch.ids[:, 1:][mask])
 
 
 def losses(
@@ -133,8 +179,10 @@ def losses(
     embeds = model.get_input_embeddings()(batch.ids)
     embeds = torch.cat([embeds[:, :first], visual[:, kept].to(embeds.dtype), embeds[:, after:]], 1)
     labels, weights, words = batch.labels[:, columns], batch.weights[:, columns], batch.words[:, kept]
+    # Without a mask transformers takes gaps in plain positions for the borders of packed sequences.
+    attended = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     hidden = model.model.language_model(
-        inputs_embeds=embeds, position_ids=positions[..., columns], use_cache=False
+        inputs_embeds=embeds, attention_mask=attended, position_ids=positions[..., columns], use_cache=False
     ).last_hidden_state
     mask = labels[:, 1:] != IGNORE
     wanted, weights = labels[:, 1:][mask], weights[:, 1:][mask]
@@ -232,17 +280,22 @@ def main(
             rate = _learning_rate(learning_rate, step, steps)
             for group in (g for optimizer in optimizers for g in optimizer.param_groups):
                 group["lr"] = rate
+            letters = LetterBatch(tokenizer, step, LETTERS_A_STEP).to(device)
             with torch.autocast(device.type, torch.bfloat16):
                 answer_loss, patch_loss, right = losses(family, model, batch, kept)
+                looked_up = letter_loss(family, model, letters)
             model.zero_grad()
-            (answer_loss + patch_weight * patch_loss).backward()
+            (answer_loss + patch_weight * patch_loss + looked_up).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
             if step % 20 == 0 or step == steps - 1:
                 figures = dict(answer_loss=answer_loss.item(), patch_loss=patch_loss.item(), right=right.item())
+                figures["letter_loss"] = looked_up.item()
                 log.append(dict(step=step, **figures))
-                text = f"{role} answer {answer_loss:.3f} patch {patch_loss:.3f} facts {right:.3f}"
+                text = (
+                    f"{role} answer {answer_loss:.3f} patch {patch_loss:.3f} letters {looked_up:.3f} facts {right:.3f}"
+                )
                 progress.update(bar, description=text)
                 if not progress.console.is_terminal:
                     print(f"step {step} {text} {(time.time() - started) / (step - first + 1):.2f} s/step", flush=True)

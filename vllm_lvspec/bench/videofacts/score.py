@@ -21,7 +21,11 @@ def _lexicon(words: dict[str, str]) -> dict[str, str]:
     return {spelling: word for word, spellings in words.items() for spelling in spellings.split("|")}
 
 
-_COLOUR = _lexicon({c: c for c in COLOURS} | {"purple": "purple|violet", "cyan": "cyan|turquoise|teal"})
+_OTHER_COLOURS = ("pink", "black", "brown", "grey", "magenta", "gold", "silver")  # no scene has them
+_COLOUR = _lexicon(
+    {c: c for c in (*COLOURS, *_OTHER_COLOURS)}
+    | {"purple": "purple|violet", "cyan": "cyan|turquoise|teal|aqua|light blue", "grey": "grey|gray"}
+)
 _SHAPE = _lexicon({"circle": "circle|disc|disk|ball", "square": "square|box", "triangle": "triangle"})
 _SIZE = _lexicon({"small": "small|little|tiny", "large": "large|big|huge"})
 _NUMBER = _lexicon({"1": "one|a single|1", "2": "two|2", "3": "three|3", "4": "four|4", "5": "five|5", "6": "six|6"})
@@ -39,12 +43,16 @@ _PLACE = _lexicon(
 )
 _VERBS = {
     "move": "(?:mov|slid|drift|glid|travel|float|shift|head)(?:e|es|ed|s|ing|ling|led)?",
-    "appear": "appear(?:s|ed|ing)?|emerg(?:e|es|ed|ing)|pop(?:s|ped|ping)? up|show(?:s|ed|n|ing)? up",
-    "vanish": "vanish(?:es|ed|ing)?|disappear(?:s|ed|ing)?|fad(?:e|es|ed|ing) away|dissolv(?:e|es|ed|ing)",
+    "appear": (
+        "(?:appear(?:s|ed|ing)?|emerg(?:e|es|ed|ing)|pop(?:s|ped|ping)? up|show(?:s|ed|n|ing)? up)"
+        "(?! (?:to|that|as|like)\\b)"
+    ),
+    "vanish": "vanish(?:es|ed|ing)?|disappear(?:s|ed|ing)?|fad(?:e|es|ed|ing) (?:away|out)|dissolv(?:e|es|ed|ing)",
     "change": "turn(?:s|ed|ing)?|chang(?:e|es|ed|ing)|becom(?:e|es|ing)|became|switch(?:es|ed|ing)?",
     "bounce": "bounc(?:e|es|ed|ing)|rebound(?:s|ed|ing)?|spring(?:s|ing)? back|sprang back",
     "collide": (
-        "collid(?:e|es|ed|ing)|crash(?:es|ed|ing)?|bump(?:s|ed|ing)?|run(?:s|ning)? into|ran into|hit(?:s|ting)?"
+        "collid(?:e|es|ed|ing)|collisions?|crash(?:es|ed|ing)?|bump(?:s|ed|ing)?|run(?:s|ning)? into|ran into|"
+        "hit(?:s|ting)?"
     ),
 }
 
@@ -55,40 +63,71 @@ def _any(words: Iterable[str]) -> str:
 
 _THING = "objects?|shapes?|figures?|items?|things?"
 _ENTITY = re.compile(
-    rf"\b(?:({_any(_SIZE)}),? )?({_any(_COLOUR)})(?: colou?red)? (?:({_any(_SHAPE)})s?|ones?|{_THING})\b"
+    rf"\b((?:(?:{_any(_SIZE)}),? )*)({_any(_COLOUR)})(?:[ -]colou?red)?,? "
+    rf"((?:(?:{_any(_SIZE)}) )*)(?:({_any(_SHAPE)})s?|ones?|{_THING})\b"
 )
-_COUNT = re.compile(rf"\b({_any(_NUMBER)}) (?:\w+ )?(?:{_THING})\b")
+_PAIR = re.compile(rf"\b({_any(_COLOUR)}) and (?:the )?({_any(_COLOUR)}) ({_any(_SHAPE)})s\b")
+_SIZE_WORD = re.compile(rf"\b({_any(_SIZE)})\b")
+_NO_ADJECTIVE = rf"(?:of|is|are|more|other|can|could|finds|sees|{_any(_NUMBER)})"
+_COUNT = re.compile(rf"\b((?:(?:{_any(_NUMBER)}) )+)(?:(?!{_NO_ADJECTIVE}\b)\w+ ){{0,3}}?(?:{_THING})\b")
+_NUMBER_WORD = re.compile(rf"\b({_any(_NUMBER)})\b")
+_PART_OF_ALL = re.compile(r"\b(?:the|these|those|both|other|remaining|another)(?: (?:other|remaining|same))? $")
 _RELATION = re.compile(rf"\b({_any(_PLACE)}) (?:the |an? )?@(\d+)@")
-_EVENT = re.compile("|".join(rf"\b(?P<{kind}>{verb})\b" for kind, verb in _VERBS.items()))
+_NEIGHBOUR = re.compile(r"\b(?:next to|near|beside|close to) (?:the |an? )?@\d+@")
+_EVENT = re.compile("|".join(rf"\b(?P<{kind}>{verb})(?!\w)" for kind, verb in _VERBS.items()))
 _NOT = re.compile(r"\b(?:no|not|nothing|never|none|neither|nor)\b|n't\b")
+_NONE_OF = re.compile(r"(?:\b(?:no|without|neither|nor|not)|n't)(?: an?| any| single)* $")
 _GENERIC = re.compile(rf"\b(?:{_THING}|something|nothing|anything|none|it|they|two|any)\b")
 _BARE_SHAPE = re.compile(rf"\b({_any(_SHAPE)})s?\b")
 _COLOUR_WORD = re.compile(rf"\b({_any(_COLOUR)})\b")
-_DIRECTION_WORD = re.compile(rf"\b(?!right (?:after|away|now|here|there))({_any(_DIRECTION)})\b")
+_DIRECTIONS = _any(_DIRECTION)
+_DIRECTION_WORD = re.compile(rf"\b(?!right (?:after|away|now|here|there)|left (?:behind|over))({_DIRECTIONS})\b")
+# Where something is or comes from, or how it moves, is not where it goes.
+_NO_GOAL = re.compile(
+    rf"\bfrom (?:the )?(?:{_DIRECTIONS})\b(?: (?:side|part|edge|end))?"
+    rf"|\b(?:in|at|on) the (?:(?:{_DIRECTIONS}) )+(?:corner|side|part|half|area|quarter)"
+    r"|\b(?:speeds?|slows?) (?:up|down)"
+)
 _SPEED_WORD = re.compile(rf"\b({_any(_SPEED)})\b")
-_BOUNDARY = re.compile(r",? \b(and then|then|and|but|while|before|after|once|until)\b|,")
-_LETTER = re.compile(r"\b(?:letter|option|answer|choice)\b[^.]*?\b([A-D])\b|^\s*\(?([A-D])\)?[.:]?(?:\s|$)")
+_WALL = re.compile(r"\b(?:wall|edge|border|side|frame)\b")
+_BOUNDARY = re.compile(
+    r"(?:,? and)?,? \b(?:shortly |soon |right )?(?:afterwards?|after (?:that|this|which))\b"
+    r"|,? \b(and then|then|and|but|while|before|after|once|until)\b|,"
+)
+_LETTER = re.compile(r"(?<![\w'])([A-D])(?![\w'])")
+_LETTER_ALONE = re.compile(r"\W*([a-dA-D])\W*")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What an answer says: facts, and the events in the order in which it says they happen."""
+    """What an answer says: facts, and the events in the order in which it says they happen, repeats included."""
 
     facts: frozenset[Fact]
     events: tuple[str, ...]
 
 
 def read(text: str) -> Reading:
-    """Facts of a free text; `("exists", shape or kind of event)` where it names no object."""
+    """Facts of a free text.
+
+    `("exists", shape or kind of event)` where it names no object, `("not", *fact)` where it denies one.
+    """
     facts: set[Fact] = set()
     events: list[str] = []
-    if letter := _LETTER.search(text):
-        facts.add(("choice", letter[1] or letter[2]))
+    if letter := _read_letter(text):
+        facts.add(("choice", letter))
     for sentence in re.split(r"[.!?;]", text.lower().replace("@", " ")):
         said, happened = _read_sentence(" ".join(sentence.split()))
         facts |= said
-        events += [event for event in happened if event not in events]
+        events += happened
     return Reading(frozenset(facts), tuple(events))
+
+
+def _read_letter(text: str) -> str | None:
+    """The last letter that stands for an option; "A circle ..." has none."""
+    if alone := _LETTER_ALONE.fullmatch(text):
+        return alone[1].upper()
+    letters = [m for m in _LETTER.finditer(text) if m[1] != "A" or not re.match(r" [a-z]", text[m.end() :])]
+    return letters[-1][1] if letters else None
 
 
 def _read_sentence(sentence: str) -> tuple[set[Fact], list[str]]:
@@ -96,24 +135,32 @@ def _read_sentence(sentence: str) -> tuple[set[Fact], list[str]]:
     colours: list[str] = []
 
     def name(match: re.Match[str]) -> str:
-        size, colour, shape = match.groups()
+        before, colour, after, shape = match.groups()
         colour = _COLOUR[colour]
-        facts.add(("colour", colour))
+        said: list[Fact] = [("colour", colour)]
         if shape:
-            facts.add(("shape", colour, _SHAPE[shape]))
-        if size:
-            facts.add(("size", colour, _SIZE[size]))
+            said.append(("shape", colour, _SHAPE[shape]))
+        if _NONE_OF.search(match.string[: match.start()]):
+            facts.add(("not", *said[-1]))
+            return "nobody"
+        facts.update(said)
+        facts.update(("size", colour, _SIZE[size]) for size in _SIZE_WORD.findall(before + after))
         colours.append(colour)
         return f"@{len(colours) - 1}@"
 
+    sentence = _PAIR.sub(r"\1 \3 and \2 \3", sentence)
     sentence = _ENTITY.sub(name, sentence)
     for match in _COUNT.finditer(sentence):
-        facts.add(("count", _NUMBER[match[1]]))
+        subject_of_event = re.match(r" (?:\w+ly )?", sentence[match.end() :])
+        rest = sentence[match.end() + (subject_of_event.end() if subject_of_event else 0) :]
+        verb = _EVENT.match(rest)
+        if not _PART_OF_ALL.search(sentence[: match.start()]) and not (verb and verb.lastgroup != "appear"):
+            facts.update(("count", _NUMBER[number]) for number in _NUMBER_WORD.findall(match[1]))
     sentence = _read_relations(sentence, colours, facts)
     events = _read_events(sentence, colours, facts)
-    for piece in re.split("[,:]", sentence):
-        for match in _BARE_SHAPE.finditer(piece):
-            facts.add(("negation" if _NOT.search(piece) else "exists", _SHAPE[match[1]]))
+    for match in _BARE_SHAPE.finditer(sentence):
+        denied = _NONE_OF.search(sentence[: match.start()])
+        facts.add(("negation" if denied else "exists", _SHAPE[match[1]]))
     return facts, events
 
 
@@ -121,17 +168,30 @@ def _read_relations(sentence: str, colours: list[str], facts: set[Fact]) -> str:
     """Note what stands where and take it out, so that its directions are nobody's motion."""
     objects = {int(m[2]) for m in _RELATION.finditer(sentence)}
     for match in _RELATION.finditer(sentence):
-        subjects = [int(i) for i in re.findall(r"@(\d+)@", sentence[: match.start()]) if int(i) not in objects]
+        before = sentence[: match.start()]
+        subjects = [int(i) for i in re.findall(r"@(\d+)@", before) if int(i) not in objects]
+        if clause := re.search(r"@(\d+)@,? (?:which|that) [^@]*$", before):
+            subjects = [int(clause[1])]
         later = [int(i) for i in re.findall(r"@(\d+)@", sentence[match.end() :]) if int(i) not in objects]
         if subjects or later:
             subject = subjects[-1] if subjects else later[0]
-            facts.add(("relation", colours[subject], _PLACE[match[1]], colours[int(match[2])]))
-    return _RELATION.sub("", sentence)
+            fact = ("relation", colours[subject], _PLACE[match[1]], colours[int(match[2])])
+            facts.add(("not", *fact) if re.search(r"(?:\bnot|n't)(?: \w+){0,2} $", before) else fact)
+    return _NEIGHBOUR.sub("", _RELATION.sub("", sentence))
 
 
-def _read_events(sentence: str, colours: list[str], facts: set[Fact]) -> list[str]:
+@dataclass
+class _Clause:
+    verb: re.Match[str]
+    begin: int
+    end: int
+    word: str  # the conjunction before it
+
+
+def _clauses(sentence: str) -> list[_Clause]:
+    """One clause for each verb that may be an event's."""
     verbs = list(_EVENT.finditer(sentence))
-    clauses: list[tuple[re.Match[str], int, int, str]] = []
+    clauses: list[_Clause] = []
     begin, word = 0, ""
     for i, verb in enumerate(verbs):
         end, following = len(sentence), ""
@@ -142,16 +202,23 @@ def _read_events(sentence: str, colours: list[str], facts: set[Fact]) -> list[st
             subject = re.search(r"(?:the |an? )?@\d+@", between)
             if marks:
                 fitting = [m for m in marks if subject is None or m.start() <= subject.start()] or marks[:1]
-                mark = fitting[-1]
+                mark = next((m for m in reversed(fitting) if m[1] in ("after", "before")), fitting[-1])
                 end, following = verb.end() + mark.start(), mark[1] or ""
             else:
                 end = verb.end() + (subject.start() if subject else len(between))
-        clauses.append((verb, begin, end, word))
+        clauses.append(_Clause(verb, begin, end, word))
         begin, word = end, following
+    return clauses
+
+
+def _read_events(sentence: str, colours: list[str], facts: set[Fact]) -> list[str]:
     events: list[str] = []
-    for verb, begin, end, word in clauses:
-        names = _read_event(sentence, verb, begin, end, colours, facts)
-        if word == "after":
+    actors: list[str] = []  # of the clause before, for a verb without a subject of its own
+    clauses = _clauses(sentence)
+    for clause in clauses:
+        names, actors = _read_event(sentence, clause, colours, facts, actors)
+        names = [n for n in names if not events or n != events[-1]]
+        if clause.word == "after":
             events[-1:-1] = names
         else:
             events += names
@@ -161,39 +228,60 @@ def _read_events(sentence: str, colours: list[str], facts: set[Fact]) -> list[st
 
 
 def _read_event(
-    sentence: str, verb: re.Match[str], begin: int, end: int, colours: list[str], facts: set[Fact]
-) -> list[str]:
+    sentence: str, clause: _Clause, colours: list[str], facts: set[Fact], inherited: list[str]
+) -> tuple[list[str], list[str]]:
+    """Note one clause's facts; the names of its events, and its actors."""
+    verb, begin, end = clause.verb, clause.begin, clause.end
     kind = str(verb.lastgroup)
-    clause = sentence[begin:end]
-    ahead = [colours[int(i)] for i in re.findall(r"@(\d+)@", sentence[begin : verb.start()])]
-    behind = [colours[int(i)] for i in re.findall(r"@(\d+)@", sentence[verb.end() : end])]
-    named = ahead or behind
-    if kind == "collide" and named:
-        named = [actor_of({*ahead[-2:], *behind[:1]} if len(ahead) == 1 else ahead[-2:] or behind[:2])]
-    elif kind != "collide":
-        joined = re.search(r"@\d+@(?: and (?:the |an? )?@\d+@)+ (?:\w+ )?$", sentence[begin : verb.start()])
-        named = named if joined else named[-1:] if ahead else named[:1]
+    text = sentence[begin:end]
+    if kind == "move":
+        text = _NO_GOAL.sub(lambda m: " " * len(m[0]), text)
+    head, tail = text[: verb.start() - begin], text[verb.end() - begin :]
     piece = _piece_around(sentence, verb, begin, end)
-    new_colours = _COLOUR_WORD.findall(sentence[verb.end() : end])
-    if kind == "change" and not new_colours and not (re.search("colou?r", clause) or _NOT.search(piece)):
-        return []  # something turns, but not into another colour
+    ahead = [colours[int(i)] for i in re.findall(r"@(\d+)@", head)]
+    behind = [colours[int(i)] for i in re.findall(r"@(\d+)@", tail)]
+    if kind == "collide" and len({*ahead[-2:], *behind[:1]}) < 2 and _WALL.search(tail):
+        kind = "bounce"
+    named = ahead or behind
+    if kind == "change" and not ahead:
+        named = []
+    if not named and not _GENERIC.search(piece):
+        named = inherited
+    if kind == "collide" and named:
+        pair = {*ahead[-2:], *behind[:1]} if len(ahead) == 1 else set(ahead[-2:] or behind[:2])
+        named = [actor_of(pair)] if len(pair) == 2 else []
+        if not named:
+            return [], ahead or behind
+    elif ahead:
+        joined = re.search(r"@\d+@(?: and (?:the |an? )?@\d+@)+ (?:\w+ )?$", head)
+        named = ahead if joined else ahead[-1:]
+    elif behind and named is behind:
+        named = behind[:1]
+    new_colours = [_COLOUR[c] for c in _COLOUR_WORD.findall(re.sub(r"\bfrom \w+|\bon an? .*", "", tail))]
+    if kind == "change":
+        new_colours += [colours[int(i)] for i in re.findall(r"@(\d+)@", tail)]
+        if not new_colours and not (re.search("colou?r", text) or (_NOT.search(piece) and not named)):
+            return [], named  # something turns, but not into another colour
     if not named:
-        if kind != "move" and _GENERIC.search(piece):
+        several_appear = kind == "appear" and _NUMBER_WORD.search(piece)
+        if kind != "move" and _GENERIC.search(piece) and not several_appear:
             facts.add(("negation" if _NOT.search(piece) else "exists", kind))
-        return []
+        return [], []
     if _NOT.search(piece):
-        return []  # "the red circle does not vanish": nothing is claimed that could be false here
-    direction, speed = _DIRECTION_WORD.findall(clause), _SPEED_WORD.search(clause)
+        facts.update(("not", "event", actor, kind) for actor in named)
+        return [], named
+    goals = _DIRECTION_WORD.findall(tail) or (_DIRECTION_WORD.findall(head) if kind == "move" else [])
+    speeds = _SPEED_WORD.findall(text)
     for actor in named:
         facts.add(("event", actor, kind))
         if kind == "move":
-            facts.update(("motion", actor, "to", _DIRECTION[d]) for d in direction[:1])
-            facts.update([("motion", actor, "pace", _SPEED[speed[1]])] if speed else [])
+            facts.update(("motion", actor, "to", _DIRECTION[d]) for d in goals)
+            facts.update(("motion", actor, "pace", _SPEED[w]) for w in speeds)
         elif kind == "bounce":
-            facts.update(("motion", actor, "off", _DIRECTION[d]) for d in direction[:1])
-        elif kind == "change" and new_colours:
-            facts.add(("colour", actor, "becomes", _COLOUR[new_colours[-1]]))
-    return [f"{actor}:{kind}" for actor in named]
+            facts.update(("motion", actor, "off", _DIRECTION[d]) for d in goals)
+        elif kind == "change":
+            facts.update(("colour", actor, "becomes", colour) for colour in new_colours)
+    return [f"{actor}:{kind}" for actor in named], named
 
 
 def _piece_around(sentence: str, verb: re.Match[str], begin: int, end: int) -> str:
@@ -201,6 +289,18 @@ def _piece_around(sentence: str, verb: re.Match[str], begin: int, end: int) -> s
     first = max(sentence.rfind(",", begin, verb.start()), sentence.rfind(":", begin, verb.start()), begin - 1) + 1
     last = sentence.find(",", verb.end(), end)
     return sentence[first : end if last < 0 else last]
+
+
+def _order(events: Iterable[str]) -> set[Fact]:
+    """What is told before what; an event that is told again begins the story anew."""
+    facts: set[Fact] = set()
+    telling: list[str] = []
+    for event in events:
+        if event in telling:
+            telling = []
+        facts |= {("order", earlier, event) for earlier in telling}
+        telling.append(event)
+    return facts
 
 
 # Counting -------------------------------------------------------------------------------------------------------------
@@ -229,29 +329,37 @@ def score_answer(scene: Scene, task: Task, text: str) -> Score:
     reading = read(text)
     true = _sayable(scene)
     said = set(reading.facts)
-    happened = [e for e in reading.events if ("event", *e.split(":")) in true]
-    said |= {("order", a, b) for i, a in enumerate(happened) for b in happened[i + 1 :]}
-    letter = {f for options in task.required for f in options if f[0] == "choice"}
-    false = {f for f in said if f not in true and not (f[0] == "choice" and (f in letter or not letter))}
+    asked = {fact for options in task.required for fact in options}
+    if answered := re.match(r"\W*(yes|no)\b", text.lower()):
+        # To a question that can be answered so, a bare yes or no says it all.
+        about = {fact[1] for fact in asked if fact[0] in ("exists", "negation")} if task.kind == "question" else set()
+        said |= {("exists" if answered[1] == "yes" else "negation", shape) for shape in about}
+    said |= _order(e for e in reading.events if ("event", *e.split(":")) in true)
+    letters = {fact for fact in asked if fact[0] == "choice"}
+    if not letters:
+        said = {fact for fact in said if fact[0] != "choice"}
+    false = {f for f in said if (f[1:] in true if f[0] == "not" else f not in true | letters)}
     required, right, wrong = Counter[str](), Counter[str](), Counter[str]()
     for options in task.required:
         kind = next(iter(options))[0]
         required[kind] += 1
         right[kind] += bool(options & said)
     for fact in false:
-        wrong["negation" if fact[0] == "exists" else fact[0]] += 1
+        kind = fact[1] if fact[0] == "not" else fact[0]
+        wrong["negation" if kind == "exists" else kind] += 1
     order_right = None
     if required["order"]:
         expected = sum(f[0] == "event" for options in task.required for f in options)
-        order_right = right["order"] == required["order"] and not wrong["order"] and len(reading.events) == expected
+        order_right = (
+            right["order"] == required["order"] and not wrong["order"] and len(set(reading.events)) == expected
+        )
     return Score(dict(required), dict(right), dict(wrong), order_right)
 
 
 def _sayable(scene: Scene) -> set[Fact]:
     """`scene_facts`, and what an answer may say of them in other words."""
     facts = set(scene_facts(scene))
-    for obj in scene.objects:
-        facts.add(("exists", obj.shape))
+    facts |= {("exists", obj.shape) for obj in scene.objects}
     for event in scene.events:
         facts.add(("exists", event.kind))
         if event.kind == "change":  # from then on the object may go by its new colour

@@ -160,8 +160,9 @@ def _ask_whether(scene: Scene, rng: np.random.Generator) -> Task:
     if having:
         lead = expand("[yes, there is|yes, one can see|yes, we see]", rng)
         answer = finish([f"{lead} {grammar.listed([named(scene, i, size=True) for i in having])}."])
-        facts = set().union(*(object_facts(scene, i) for i in having))
-        return Task("question", prompt, answer, _one_by_one(facts))
+        # Yes is enough; an object of that shape says yes, too.
+        seen = {("exists", shape), *(("shape", scene.objects[i].colour, shape) for i in having)}
+        return Task("question", prompt, answer, (frozenset(seen),))
     tail = expand("[in [the|this] [video|clip]|to be seen|at all|anywhere]", rng)
     answer = finish([expand(f"<no>, [there is|we see|one finds] <no> <{{shape}}> {tail}.", rng, shape=shape)])
     return Task("question", prompt, answer, (frozenset([("negation", shape)]),))
