@@ -38,7 +38,7 @@ TRAIN := $(RUN) $(BIN)/python -m vllm_lvspec.reference.train
 pairs: setup ## Train the bundled pairs again (about two hours on two cores)
 	$(TRAIN) qwen2_5_vl target --out $(PAIRS)/qwen2_5_vl/target
 	$(TRAIN) qwen2_5_vl draft --out $(PAIRS)/qwen2_5_vl/draft --steps 1500
-	$(TRAIN) llava_onevision target --out $(PAIRS)/llava_onevision/target --steps 1000 \
+	$(TRAIN) llava_onevision target --out $(PAIRS)/llava_onevision/target --steps 1000 --short-share 0 \
 		--start-from $(PAIRS)/qwen2_5_vl/target
 	$(TRAIN) llava_onevision draft --out $(PAIRS)/llava_onevision/draft --steps 1000 \
 		--start-from $(PAIRS)/qwen2_5_vl/draft

@@ -215,17 +215,15 @@ def build_optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch
     ]
 
 
-def start_from(model: torch.nn.Module, checkpoint: Path) -> None:
+def start_from(model: Any, checkpoint: Path) -> None:
     """Take the text model of a pair of another family: LLaVA-OneVision, too, starts from a trained Qwen2."""
-    from safetensors.torch import load_file
+    from transformers import AutoModelForImageTextToText
 
-    prefix = "model.language_model."
-    weights = {n: t.float() for n, t in load_file(checkpoint / "model.safetensors").items() if n.startswith(prefix)}
-    if not weights:
-        raise typer.BadParameter(f"start_from={str(checkpoint)!r}: no tensor there begins with {prefix}")
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    if unexpected or any(name.startswith(prefix) for name in missing):
-        raise typer.BadParameter(f"start_from={str(checkpoint)!r}: its text model has another shape than this one")
+    source = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
+    try:
+        model.model.language_model.load_state_dict(source.model.language_model.state_dict())
+    except RuntimeError as error:
+        raise typer.BadParameter(f"start_from={str(checkpoint)!r}: its text model has another shape: {error}") from None
 
 
 def main(
