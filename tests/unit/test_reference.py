@@ -116,6 +116,28 @@ def test_a_pruned_view_keeps_positions_and_both_losses_reach_every_part(name, to
     assert not [n for n in idle if "post_layernorm" not in n and "image_newline" not in n and "k_proj.bias" not in n]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_text_sees_the_first_visual_token_through_the_gaps_of_a_pruned_view(name, tokenizer):
+    """Plain positions with gaps look like packed sequences to transformers, which would part text from the video."""
+    family = FAMILIES[name]
+    model = family.build_model(family.SHAPES["draft"], tokenizer)
+    batch = Batch(family, tokenizer, 1, 1, image=False, long_answers=True)
+    kept = torch.arange(batch.num_visual)[::7]
+    row = batch.labels[0] != IGNORE
+    last = batch.labels.clone()
+    last[0, row.nonzero()[:-1, 0]] = IGNORE
+    batch.labels = last  # the loss is now the last token's alone
+    with torch.no_grad():
+        before = losses(family, model, batch, kept)[0]
+        encode = family.encode_visual(model, batch.pixels, batch.num_frames, 1)
+        encode[0, 0] += 10
+        changed = SimpleNamespace(
+            **{k: getattr(family, k) for k in ("text_positions",)}, encode_visual=lambda *a: encode
+        )
+        after = losses(changed, model, batch, kept)[0]
+    assert abs(float(before) - float(after)) > 1e-6
+
+
 def test_batched_vision_attention_gives_what_transformers_gives(tokenizer):
     model = qwen2_5_vl.build_model(qwen2_5_vl.SHAPES["draft"], tokenizer)
     pixels = qwen2_5_vl.pixel_values([Scene.from_seed(i).render(6) for i in range(2)])

@@ -1,4 +1,4 @@
-"""Small Video-LLM pairs that have learned to describe the generated world, and how they were trained."""
+"""A small Video-LLM pair that has learned to describe the generated world, and how they were trained."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,6 @@ class Pair:
 PAIRS = {
     "qwen2_5_vl": Pair(
         _ROOT / "checkpoints" / "qwen2_5_vl" / "target", _ROOT / "checkpoints" / "qwen2_5_vl" / "draft", 24
-    ),
-    "llava_onevision": Pair(
-        _ROOT / "checkpoints" / "llava_onevision" / "target", _ROOT / "checkpoints" / "llava_onevision" / "draft", 12
     ),
 }
 TARGET, DRAFT = PAIRS["qwen2_5_vl"].target, PAIRS["qwen2_5_vl"].draft
