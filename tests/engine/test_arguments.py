@@ -25,7 +25,7 @@ def pair(checkpoint, tmp_path_factory) -> tuple[str, str]:
     """A target and a drafter beside each other, as a pair that needs no name."""
     folder = tmp_path_factory.mktemp("pair")
     (folder / "target").symlink_to(checkpoint("qwen2_5_vl", seed=0))
-    (folder / "draft").symlink_to(checkpoint("qwen2_5_vl", seed=1, vocab_size=704))
+    (folder / "draft").symlink_to(checkpoint("qwen2_5_vl", seed=1, vocab_size=1536))
     return str(folder / "target"), str(folder / "draft")
 
 
@@ -175,7 +175,7 @@ def test_a_text_only_drafter_is_refused(checkpoint, pair):
 def test_a_drafter_with_another_tokenizer_is_refused(checkpoint, pair, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    for file in Path(checkpoint("qwen2_5_vl", seed=1, vocab_size=704)).iterdir():
+    for file in Path(checkpoint("qwen2_5_vl", seed=1, vocab_size=1536)).iterdir():
         data = file.read_bytes()
         if file.suffix == ".json":
             data = data.replace(b"<|vision_pad|>", b"<|another_pad|>")

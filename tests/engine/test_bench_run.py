@@ -55,7 +55,7 @@ def test_the_file_follows_its_schema_and_stands_beside_page_and_plots(out):
     jsonschema.validate(json.loads(out.read_text()), json_schema())
     assert "| strict |" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").stat().st_size > 1000
-    assert not out.with_suffix(".partial.jsonl").exists()
+    assert not out.with_suffix(".partial").exists()
 
 
 def test_any_folder_of_videos_runs_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):

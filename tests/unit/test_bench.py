@@ -150,7 +150,7 @@ def test_answers_of_one_token_have_no_speed_and_break_nothing(tmp_path):
 
 
 def test_a_journal_goes_on_where_it_was(tmp_path):
-    path = tmp_path / "run.partial.jsonl"
+    path = tmp_path / "run.partial"
     first = Journal(path, {"seed": 1})
     first.add(asdict(answer("ar", "a", 3, 2, 1.0)))
     first.add({"policy": "ar", "times": {"steps": 2}})
@@ -165,7 +165,7 @@ def test_a_journal_goes_on_where_it_was(tmp_path):
 
 
 def test_a_journal_of_other_settings_is_not_taken_up(tmp_path):
-    path = tmp_path / "run.partial.jsonl"
+    path = tmp_path / "run.partial"
     Journal(path, {"seed": 1}).add(asdict(answer("ar", "a", 3, 2, 1.0)))
     other = Journal(path, {"seed": 2})
     assert not other.resumed

@@ -103,7 +103,7 @@ def run_bench(options: BenchOptions, console: Console, command: Sequence[str] = 
     if "max_num_seqs" in engine:
         raise BenchError(f"engine: max_num_seqs={engine['max_num_seqs']!r}: leave it out; batch_size says it")
     options.json_path.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.json_path.with_suffix(".partial.jsonl")
+    partial = options.json_path.with_suffix(".partial")
     if options.restart:
         partial.unlink(missing_ok=True)
     # Policies are apart in the journal, so that one can be added to those that have run.

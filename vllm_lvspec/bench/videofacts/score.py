@@ -341,7 +341,8 @@ def score_answer(scene: Scene, task: Task, text: str) -> Score:
     false = {f for f in said if (f[1:] in true if f[0] == "not" else f not in true | letters)}
     required, right, wrong = Counter[str](), Counter[str](), Counter[str]()
     for options in task.required:
-        kind = next(iter(options))[0]
+        kind = min(options)[0]
+        kind = "shape" if kind == "exists" else kind
         required[kind] += 1
         right[kind] += bool(options & said)
     for fact in false:
