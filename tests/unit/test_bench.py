@@ -133,6 +133,9 @@ def test_markdown_and_plot_show_every_policy_and_task(report, tmp_path):
     assert "| strict | caption | 2 | 101 |" in page
     assert "T / (1 + K c + o) = 2.22" in page
     assert "{{" not in page and "{%" not in page
+    assert all(
+        before == "" for before, line in itertools.pairwise(page.splitlines()) if line.startswith(("#", "Target"))
+    )
     plot(report, tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 

@@ -12,6 +12,7 @@ _TEMPLATE = """\
 # {{ settings.suite }}: {{ settings.videos }} videos, {{ settings.samples }} questions\
 {% if settings.seed is not none %}, seed {{ settings.seed }}{% endif %}
 
+
 Target `{{ settings.model }}`{% if settings.shape %} in the shape {{ settings.shape }}{% endif %}, drafter \
 `{{ settings.draft or "the plugin's choice" }}`, K = {{ settings.num_speculative_tokens }}, \
 {{ settings.pruning }} pruning of {{ "%.0f" | format(100 * settings.pruning_ratio) }} %, {{ settings.dtype }}, \
@@ -31,6 +32,7 @@ batch size {{ settings.batch_size }}, greedy, {{ settings.num_frames }} frames. 
 {{ figure(p, "order_accuracy", 3) }} | {{ figure(p, "retention", 3) }} | \
 {{ "%.3f" | format(p.same_answers) if p.same_answers is not none else "–" }} |
 {% endfor %}
+
 ## By task
 
 | policy | task | answers | tokens each | tokens per target step | decode speed over ar | facts | retention |
@@ -40,6 +42,7 @@ batch size {{ settings.batch_size }}, greedy, {{ settings.num_frames }} frames. 
 {{ figure(f, "mean_accepted_length", 2) }} | {{ figure(f, "speedup", 2) }} | {{ figure(f, "fact_accuracy", 3) }} | \
 {{ figure(f, "retention", 3) }} |
 {% endfor %}{% endfor %}
+
 {% if has_facts -%}
 ## Facts
 
@@ -53,7 +56,8 @@ Recall / precision by kind.
 | {{ name }} |{% for kind in kinds %} {{ share(p.facts.get(kind)) }} |{% endfor %}
 
 {% endfor %}
-{%- endif %}
+
+{% endif %}
 {% for name, p in policies.items() if p.bound -%}
 {{ name }}: one drafted token costs {{ "%.3f" | format(p.bound.draft_cost) }} of a target step (c), verification adds \
 {{ "%.3f" | format(p.bound.verify_overhead) }} (o); T / (1 + K c + o) = {{ "%.2f" | format(p.bound.speedup) }}.
@@ -126,6 +130,7 @@ def plot(report: Report, path: Path) -> None:
         axis.set_title(title)
         if key != "mean_accepted_length":
             axis.axhline(1, color="grey", linewidth=0.8, zorder=0)
-    axes[0].legend(fontsize="small")
+    axes[0].margins(y=0.25)  # room for the names
+    axes[0].legend(fontsize="small", loc="upper left", ncols=len(names))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
