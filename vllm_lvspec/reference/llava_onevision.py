@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import (
-    GenerationConfig,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     PreTrainedTokenizerFast,
@@ -16,6 +15,7 @@ from transformers import (
 )
 
 from vllm_lvspec.bench.videofacts.scene import NUM_FRAMES, SIDE
+from vllm_lvspec.reference.tokenizer import greedy
 
 PATCH = 14
 POOL = 2
@@ -66,10 +66,7 @@ def build_model(
     """A float32 model with random weights that follow from `seed`."""
     torch.manual_seed(seed)
     model = LlavaOnevisionForConditionalGeneration(build_config(shape, tokenizer))
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    model.generation_config = GenerationConfig(
-        eos_token_id=end, pad_token_id=tokenizer.pad_token_id, do_sample=False, bos_token_id=None
-    )
+    model.generation_config = greedy(tokenizer)
     return model
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vllm_lvspec.bench.videofacts.scene import FPS, NUM_FRAMES, SIDE
+from vllm_lvspec.reference.tokenizer import greedy
 
 PATCH = 14
 MERGE = 2
@@ -68,10 +69,7 @@ def build_model(shape: dict, tokenizer: PreTrainedTokenizerFast, seed: int = 0) 
     """A float32 model with random weights that follow from `seed`."""
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(build_config(shape, tokenizer))
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    model.generation_config = GenerationConfig(
-        eos_token_id=end, pad_token_id=tokenizer.pad_token_id, do_sample=False, bos_token_id=None
-    )
+    model.generation_config = greedy(tokenizer)
     return model
 
 

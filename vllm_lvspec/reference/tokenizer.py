@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from vllm_lvspec.bench.videofacts.scene import Scene
 from vllm_lvspec.bench.videofacts.tasks import TASKS, image_task, make_task
@@ -58,3 +58,10 @@ def build_tokenizer(num_scenes: int = 3000) -> PreTrainedTokenizerFast:
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def greedy(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+    """Greedy until the turn ends."""
+    return GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False, bos_token_id=None
+    )
