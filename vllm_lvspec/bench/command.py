@@ -100,14 +100,12 @@ def run_bench(options: BenchOptions, console: Console, command: Sequence[str] = 
         num_frames=num_frames,
         engine=engine,
     )
-    if "max_num_seqs" in engine:
-        raise BenchError(f"engine: max_num_seqs={engine['max_num_seqs']!r}: leave it out; batch_size says it")
     options.json_path.parent.mkdir(parents=True, exist_ok=True)
     partial = options.json_path.with_suffix(".partial")
     if options.restart:
         partial.unlink(missing_ok=True)
-    # Policies are apart in the journal, so that one can be added to those that have run.
     environment = _environment(command)
+    # Policies are apart in the journal, so that one can be added to a run that was stopped.
     compared = {**settings.model_dump(exclude={"policies"}), "versions": environment.versions, "weights": _dates(model)}
     journal = Journal(partial, compared)
     environment.resumed = journal.resumed
@@ -150,6 +148,9 @@ def _check(options: BenchOptions) -> None:
         config = PEERS[policy](options.draft)
         if config is not None and config["method"] == METHOD:
             LVSpecConfig.parse(config)
+    if "max_num_seqs" in options.engine_arguments:
+        value = options.engine_arguments["max_num_seqs"]
+        raise BenchError(f"engine: max_num_seqs={value!r}: leave it out; batch_size says it")
     for key in ("batch_size", "max_tokens", "num_frames", "samples"):
         value = getattr(options, key)
         if value is not None and value < 1:

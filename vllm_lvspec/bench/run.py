@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_lvspec.bench.peers import PEERS, DraftSettings
 from vllm_lvspec.bench.samples import Sample
+from vllm_lvspec.config import METHOD
 
 NUM_WARM_UP = 2  # first requests of an engine are slower; these are asked and forgotten
 _WARM_UP_TOKENS = 32
@@ -174,7 +175,7 @@ def _warm_up(llm: Any, samples: Sequence[Sample], prompt: Callable[[Sample], dic
 
 def _step_times(llm: Any) -> dict[str, float] | None:
     """Totals since the engine's start, or None for an engine without the plugin."""
-    if "lvspec" not in llm.llm_engine.vllm_config.additional_config:
+    if METHOD not in llm.llm_engine.vllm_config.additional_config:
         return None
     return llm.collective_rpc("lvspec_step_times")[0]
 

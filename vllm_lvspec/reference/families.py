@@ -43,4 +43,4 @@ class Family(Protocol):
     def prepare_for_training(self, model: Any) -> None: ...
 
 
-FAMILIES: dict[str, Any] = {"qwen2_5_vl": qwen2_5_vl, "llava_onevision": llava_onevision}
+FAMILIES: dict[str, Family] = {"qwen2_5_vl": qwen2_5_vl, "llava_onevision": llava_onevision}
