@@ -11,7 +11,7 @@ from vllm_lvspec.bench.videofacts.tasks import TASKS, make_task
 from vllm_lvspec.reference import PAIRS, llava_onevision, qwen2_5_vl
 from vllm_lvspec.reference.families import FAMILIES
 from vllm_lvspec.reference.tokenizer import build_tokenizer
-from vllm_lvspec.reference.train import FACT_WEIGHT, IGNORE, SQUARE, Batch, losses
+from vllm_lvspec.reference.train import FACT_WEIGHT, SQUARE, Batch, LetterBatch, Probe, letter_loss, losses
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,7 @@ def test_a_batch_asks_for_answers_and_names_what_patches_show(name, tokenizer):
     assert batch.num_visual == family.num_visual_tokens(family.VIDEO_FRAMES) >= 128
     assert name not in PAIRS or PAIRS[name].num_frames == family.VIDEO_FRAMES
     assert batch.words.shape == (4, batch.num_visual, 5)
-    assert (batch.weights[batch.labels != IGNORE] > 0).all()
-    learned = batch.labels[batch.weights == FACT_WEIGHT]
+    learned = batch.ids[batch.weights == FACT_WEIGHT]
     assert tokenizer.convert_tokens_to_ids("Ġred") in learned or tokenizer.convert_tokens_to_ids("Ġblue") in learned
     share = (batch.weights == FACT_WEIGHT).sum() / (batch.weights > 0).sum()
     assert 0.12 < share < 0.35
@@ -100,42 +99,90 @@ def test_a_batch_asks_for_answers_and_names_what_patches_show(name, tokenizer):
         assert tokenizer.decode(row[1:2]).strip() == scene.objects[0].shape
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_pruned_view_keeps_positions_and_both_losses_reach_every_part(name, tokenizer):
-    family = FAMILIES[name]
-    model = family.build_model(family.SHAPES["draft"], tokenizer)
+@pytest.fixture(params=FAMILIES)
+def drafter(request, tokenizer):
+    """A family with an untrained drafter of it and what it is probed with."""
+    family = FAMILIES[request.param]
+    shape = family.SHAPES["draft"]
+    model = family.build_model(shape, tokenizer)
     family.prepare_for_training(model)
+    return family, model, Probe(shape["hidden_size"], 4, 4)
+
+
+def test_a_pruned_view_keeps_positions_and_every_loss_reaches_every_part(drafter, tokenizer):
+    family, model, probe = drafter
     batch = Batch(family, tokenizer, 1, 2, image=False, long_answers=True)
     everything = torch.arange(batch.num_visual)
-    whole = losses(family, model, batch, None)
-    assert torch.allclose(whole[0], losses(family, model, batch, everything)[0])
-    answer_loss, patch_loss, _ = losses(family, model, batch, everything[::7])
-    (answer_loss + patch_loss).backward()
-    idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    whole = losses(family, model, probe, batch, None)
+    assert torch.allclose(whole.answers, losses(family, model, probe, batch, everything).answers)
+    found = losses(family, model, probe, batch, everything[::7])
+    (found.answers + found.patches + found.probe).backward()
+    parts = dict(model.named_parameters()) | dict(probe.named_parameters())
+    idle = [n for n, p in parts.items() if p.grad is None or not p.grad.abs().sum()]
     # SigLIP's last norm is not used (the layer before it is), nor are key biases, which no softmax sees.
     assert not [n for n in idle if "post_layernorm" not in n and "image_newline" not in n and "k_proj.bias" not in n]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_text_sees_the_first_visual_token_through_the_gaps_of_a_pruned_view(name, tokenizer):
+def test_conversations_about_one_video_do_not_see_each_other(drafter, tokenizer):
+    """Each is learned as it will be asked: alone, right after the video."""
+    family, model, probe = drafter
+    kept = torch.arange(family.num_visual_tokens(family.VIDEO_FRAMES))[::3]
+    batch = Batch(family, tokenizer, 1, 1, image=False, long_answers=True)
+    assert set(batch.talks[0].tolist()) == set(range(6))
+    for talk in (1, 3, 5):
+        alone, among = (Batch(family, tokenizer, 1, 1, image=False, long_answers=True) for _ in range(2))
+        among.weights = among.weights * (among.talks == talk)
+        columns = ((alone.talks[0] == 0) | (alone.talks[0] == talk)).nonzero()[:, 0]
+        for name in ("ids", "weights", "talks", "offsets"):
+            setattr(alone, name, getattr(alone, name)[:, columns])
+        assert alone.offsets[0].diff().ge(1).sum() == len(columns) - 2  # a run for the video, one for the conversation
+        with torch.no_grad():
+            wanted, found = (losses(family, model, probe, b, kept).answers for b in (alone, among))
+        assert torch.allclose(wanted, found, atol=1e-5)
+
+
+def test_text_sees_the_first_visual_token_through_the_gaps_of_a_pruned_view(drafter, tokenizer):
     """Plain positions with gaps look like packed sequences to transformers, which would part text from the video."""
-    family = FAMILIES[name]
-    model = family.build_model(family.SHAPES["draft"], tokenizer)
+    family, model, probe = drafter
     batch = Batch(family, tokenizer, 1, 1, image=False, long_answers=True)
     kept = torch.arange(batch.num_visual)[::7]
-    row = batch.labels[0] != IGNORE
-    last = batch.labels.clone()
-    last[0, row.nonzero()[:-1, 0]] = IGNORE
-    batch.labels = last  # the loss is now the last token's alone
+    batch.weights[0, batch.weights[0].nonzero()[:-1, 0]] = 0.0  # the loss is now the last token's alone
     with torch.no_grad():
-        before = losses(family, model, batch, kept)[0]
+        before = losses(family, model, probe, batch, kept).answers
         encode = family.encode_visual(model, batch.pixels, batch.num_frames, 1)
         encode[0, 0] += 10
         changed = SimpleNamespace(
             **{k: getattr(family, k) for k in ("text_positions",)}, encode_visual=lambda *a: encode
         )
-        after = losses(changed, model, batch, kept)[0]
+        after = losses(changed, model, probe, batch, kept).answers
     assert abs(float(before) - float(after)) > 1e-6
+
+
+def test_the_probe_asks_where_a_patch_is_and_how_many_events_there_were(drafter, tokenizer):
+    family, _, _ = drafter
+    batch = Batch(family, tokenizer, 3, 4, image=False, long_answers=True)
+    for i, begun in enumerate(batch.begun):
+        scene = Scene.from_seed(1_000_000 + 3 * 4 + i)
+        moments = begun[: batch.num_visual // 16 * 16].view(-1, 16)
+        assert (moments == moments[:, :1]).all()
+        assert moments[0, 0] == 0
+        assert moments[-1, 0] == begun[-1] == len(scene.events)
+        assert moments[:, 0].diff().ge(0).all()
+
+
+def test_letters_are_those_of_the_options_told_and_are_told_after_the_options(drafter, tokenizer):
+    family, model, _ = drafter
+    batch = LetterBatch(tokenizer, 1, 40)
+    assert (batch.weights.sum(1) == 1).all()
+    for ids, weights in zip(batch.ids, batch.weights, strict=True):
+        asked, answer = tokenizer.decode(ids).split("<|im_start|>assistant\n")
+        options = {part[0]: part[3:] for part in asked.split("?")[1].split("<|im_end|>")[0][1:-1].split(". ")}
+        letter = tokenizer.decode(ids[weights > 0]).strip()
+        assert set(options) == set("ABCD")
+        assert f" {options[letter]}, " in answer
+        assert f"the letter is {letter}." in answer
+    assert len({tokenizer.decode(i[w > 0]) for i, w in zip(batch.ids, batch.weights, strict=True)}) == 4
+    assert 0 < letter_loss(family, model, batch) < 20
 
 
 def test_batched_vision_attention_gives_what_transformers_gives(tokenizer):

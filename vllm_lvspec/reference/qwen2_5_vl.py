@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vllm_lvspec.bench.videofacts.scene import FPS, NUM_FRAMES, SIDE
@@ -169,7 +168,9 @@ def prepare_for_training(model: Qwen2_5_VLForConditionalGeneration) -> None:
         q, k, v = self.qkv(hidden_states).reshape(length, 3, self.num_heads, -1).unbind(1)
         q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
         shape = -1, _GRID_SIDE**2, self.num_heads, self.head_dim
-        out = F.scaled_dot_product_attention(*(x.view(shape).transpose(1, 2).to(v.dtype) for x in (q, k, v)))
+        q, k, v = (x.view(shape).transpose(1, 2).to(v.dtype) for x in (q, k, v))
+        # Written out: on CPUs it takes a sixth of the time of torch's fused attention for so many small windows.
+        out = (q @ k.transpose(-1, -2) * self.head_dim**-0.5).softmax(-1).to(v.dtype) @ v
         return self.proj(out.transpose(1, 2).reshape(length, -1))
 
     for block in model.model.visual.blocks:

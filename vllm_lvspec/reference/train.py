@@ -3,8 +3,9 @@
     python -m vllm_lvspec.reference.train qwen2_5_vl target --out DIR
     python -m vllm_lvspec.reference.train llava_onevision target --out DIR2 --start-from DIR
 
-Three losses: the usual one on the answers; one on looking up options of multiple choice, in text alone; and one that
-makes every visual token's last state predict, through the language head, the words for what its patch shows. Large
+Four losses: the usual one on the answers; one on looking up options of multiple choice, in text alone; one that makes
+every visual token's last state predict, through the language head, the words for what its patch shows; and one that
+makes its state in the middle of the text model tell where the patch is and how many events there have been. Large
 Video-LLMs have this alignment from pre-training; without it a small model learns to caption fluently and blindly. Data
 follow from the step's number, so a run that was stopped goes on from its last state (`DIR/state.pt`) exactly where it
 was.
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +29,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerFast
 
-from vllm_lvspec.bench.videofacts.scene import Scene
+from vllm_lvspec.bench.videofacts.scene import SIDE, Scene
 from vllm_lvspec.bench.videofacts.tasks import Task, image_task, make_task
 from vllm_lvspec.reference.families import FAMILIES, Family
 from vllm_lvspec.reference.tokenizer import build_tokenizer
@@ -34,7 +37,9 @@ from vllm_lvspec.reference.tokenizer import build_tokenizer
 SEED_OFFSET = 1_000_000  # training scenes start here; seeds below are for evaluation
 SQUARE = 28  # pixels of a scene that one visual token shows, both ways, in either family
 NUM_WORDS = 5  # what `Scene.words_at` says of a square
-IGNORE = -100
+SQUARES = SIDE // SQUARE  # to a side
+MAX_EVENTS = 3
+DIALOGUE_SHARE = 0.1  # of the videos, whose questions are turns of one conversation
 FACT_WEIGHT = 3.0
 IMAGE_EVERY = 16  # batches
 WARMUP_STEPS = 100
@@ -43,9 +48,11 @@ LETTERS_A_STEP = 48
 
 
 class Batch:
-    """`size` dialogues over videos (or all over single images), padded on the right.
+    """`size` videos (or single images) and what is asked about each, padded on the right.
 
-    `long_answers`: a caption or description and two questions; else four questions.
+    A video stands once before several conversations that do not see each other, each at the positions that follow the
+    video, as if it were alone: `ids [size, length]`, `offsets` (a token's place in its conversation) and `talks`
+    (its conversation's number, from 1; 0 before and in the video, -1 for padding).
     """
 
     def __init__(
@@ -56,37 +63,37 @@ class Batch:
         self.num_visual = family.num_visual_tokens(self.num_frames)
         pad = tokenizer.convert_tokens_to_ids("<|image_pad|>" if image else "<|video_pad|>")
         head = tokenizer("<|im_start|>user\n" + family.BEFORE_VISUAL).input_ids
-        after = tokenizer(family.AFTER_VISUAL).input_ids
         end = tokenizer("<|im_end|>\n").input_ids
         start = tokenizer("<|im_start|>assistant\n").input_ids
         self.num_before = len(head)
-        videos, ids, labels, weights, words = [], [], [], [], []
+        videos, rows, words, begun = [], [], [], []
         for i in range(size):
             scene = Scene.from_seed(SEED_OFFSET + step * size + i)
             videos.append(scene.render()[:1] if image else scene.render(self.num_frames))
-            tokens = head + [pad] * self.num_visual + after
-            label, weight = [IGNORE] * len(tokens), [0.0] * len(tokens)
-            for turn, task in enumerate(_dialogue(scene, rng, image, long_answers)):
-                ask = tokenizer(("" if turn == 0 else "<|im_start|>user\n") + task.prompt).input_ids
-                encoded = tokenizer(task.answer.text, return_offsets_mapping=True)
-                reply = encoded.input_ids + end
-                num_asked = len(ask) + len(end) + len(start)
-                tokens += ask + end + start + reply
-                label += [IGNORE] * num_asked + reply[:-1] + [IGNORE]
-                weight += [0.0] * num_asked + _weights(task, encoded.offset_mapping) + [1.0] * len(end)
-            ids.append(torch.tensor(tokens))
-            labels.append(torch.tensor(label))
-            weights.append(torch.tensor(weight))
+            row = _Row()
+            row.add(head + [pad] * self.num_visual, talk=0)
+            for talk, tasks in enumerate(_conversations(scene, rng, image, long_answers), start=1):
+                for turn, task in enumerate(tasks):
+                    lead = "<|im_start|>user\n" if turn else family.AFTER_VISUAL
+                    row.add(tokenizer(lead + task.prompt).input_ids + end + start, talk)
+                    encoded = tokenizer(task.answer.text, return_offsets_mapping=True)
+                    row.add(encoded.input_ids, talk, _weights(task, encoded.offset_mapping))
+                    row.add(end[:1], talk, [1.0])
+                    row.add(end[1:], talk)
+            rows.append(row)
             words.append(self._patch_words(family, tokenizer, scene))
+            begun.append(self._events_begun(family, scene))
         self.pixels = family.pixel_values(videos)
-        self.ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
-        self.labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE)
-        self.weights = torch.nn.utils.rnn.pad_sequence(weights, batch_first=True)
+        self.ids = _padded([row.ids for row in rows], tokenizer.pad_token_id)
+        self.weights = _padded([row.weights for row in rows], 0.0)
+        self.talks = _padded([row.talks for row in rows], -1)
+        self.offsets = _padded([row.offsets for row in rows], 0)
         (self.still,) = tokenizer(" still").input_ids
         self.words = torch.stack(words)  # [size, num_visual, NUM_WORDS]: words, or as many times background
+        self.begun = torch.stack(begun)  # [size, num_visual]: number of events, 0-3
 
     def to(self, device: torch.device) -> Batch:
-        for name in ("pixels", "ids", "labels", "weights", "words"):
+        for name in ("pixels", "ids", "weights", "talks", "offsets", "words", "begun"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
@@ -102,11 +109,40 @@ class Batch:
         squares += [background] * (self.num_visual - len(squares))  # a line end shows nothing
         return torch.tensor([[token(word) for word in words] for words in squares])
 
+    def _events_begun(self, family: Family, scene: Scene) -> torch.Tensor:
+        moments = family.moments(self.num_frames)
+        counts = [sum(event.start - 0.5 <= moment for event in scene.events) for moment in moments]
+        num_squares = self.num_visual // len(moments)
+        counts = [count for count in counts for _ in range(num_squares)]
+        return torch.tensor(counts + counts[-1:] * (self.num_visual - len(counts)))
+
+
+class _Row:
+    """One video's tokens with their weights in the loss (0: given, not to be predicted)."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.weights: list[float] = []
+        self.talks: list[int] = []
+        self.offsets: list[int] = []
+
+    def add(self, ids: list[int], talk: int, weights: list[float] | None = None) -> None:
+        first = self.offsets[-1] + 1 if self.talks and self.talks[-1] == talk else 0
+        self.ids += ids
+        self.weights += weights or [0.0] * len(ids)
+        self.talks += [talk] * len(ids)
+        self.offsets += range(first, first + len(ids))
+
+
+def _padded(rows: list[list[int]] | list[list[float]], value: float) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
 
 class LetterBatch:
-    """Text alone: an answer is told, and the letter of the option that says it is wanted.
+    """Text alone: an answer begins with any one of the options, and its letter is wanted.
 
-    Looking an option up takes a small model tens of thousands of examples; these cost a hundredth of a video's.
+    Looking an option up takes a small model tens of thousands of examples; these cost a hundredth of a video's. The
+    option must not be told before the others are read, else their reading finds it, which no video's does.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, step: int, size: int):
@@ -114,31 +150,32 @@ class LetterBatch:
         ids, weights = [], []
         for i in range(size):
             task = make_task(Scene.from_seed(SEED_OFFSET + step * size + i), "choice", rng)
-            begin, end = task.answer.fact_spans[0][0], task.answer.fact_spans[-2][1]
-            options = task.prompt[task.prompt.index(" A: ") + 1 :]
-            text = (
-                f"<|im_start|>user\nIt is {task.answer.text[begin:end]}. {options}<|im_end|>\n<|im_start|>assistant\n"
+            # Its right answer could be guessed from how often what is asked; any option is as good here.
+            options = {part[0]: part[3:] for part in re.findall(r"[A-D]: [^.]*", task.prompt)}
+            letter = str(rng.choice(sorted(options)))
+            answer = re.sub(
+                r"\b(is|be) [^,]*, (\w+ the letter is) \w", rf"\1 {options[letter]}, \2 {letter}", task.answer.text
             )
-            ask = tokenizer(text).input_ids
-            encoded = tokenizer(task.answer.text, return_offsets_mapping=True)
-            ids.append(torch.tensor(ask + encoded.input_ids))
-            weights.append(torch.tensor([0.0] * len(ask) + _fact_weights(task, encoded.offset_mapping)))
-        self.ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
-        self.weights = torch.nn.utils.rnn.pad_sequence(weights, batch_first=True)
+            text = f"<|im_start|>user\n{task.prompt}<|im_end|>\n<|im_start|>assistant\n"
+            ask, reply = tokenizer(text).input_ids, tokenizer(answer).input_ids
+            ids.append(ask + reply)
+            weights.append([0.0] * (len(ask) + len(reply) - 2) + [1.0, 0.0])  # the letter, before a full stop
+        self.ids = _padded(ids, tokenizer.pad_token_id)
+        self.weights = _padded(weights, 0.0)
 
     def to(self, device: torch.device) -> LetterBatch:
         self.ids, self.weights = self.ids.to(device), self.weights.to(device)
         return self
 
 
-def _dialogue(scene: Scene, rng: np.random.Generator, image: bool, long_answers: bool) -> list[Task]:
+def _conversations(scene: Scene, rng: np.random.Generator, image: bool, long_answers: bool) -> list[list[Task]]:
     if image:
-        return [image_task(scene, rng)]
-    # What happens, and when, is the hardest to learn: descriptions tell it in fewer words than captions.
-    short = ["question"] + [("question", "choice")[int(rng.integers(2))] for _ in range(1 if long_answers else 3)]
-    long = [("caption", "description")[int(rng.random() < 0.6)]] if long_answers else []
-    kinds = long + short if rng.random() < 0.5 else short + long
-    return [make_task(scene, kind, rng) for kind in kinds]
+        return [[image_task(scene, rng)]]
+    long = [("caption", "description")[int(rng.integers(2))]] if long_answers else []
+    tasks = [make_task(scene, kind, rng) for kind in (*long, "question", "question", "choice", "choice")]
+    if rng.random() < DIALOGUE_SHARE:
+        return [[tasks[i] for i in rng.permutation(len(tasks))]]
+    return [[task] for task in tasks]
 
 
 def _weights(task: Task, offsets: list[tuple[int, int]]) -> list[float]:
@@ -147,12 +184,8 @@ def _weights(task: Task, offsets: list[tuple[int, int]]) -> list[float]:
     return [FACT_WEIGHT if any(begin < b and a < end for a, b in spans) else 1.0 for begin, end in offsets]
 
 
-def _fact_weights(task: Task, offsets: list[tuple[int, int]]) -> list[float]:
-    return [float(weight == FACT_WEIGHT) for weight in _weights(task, offsets)]
-
-
 def letter_loss(family: Family, model: Any, batch: LetterBatch) -> torch.Tensor:
-    """Loss on the facts, the letter among them, of answers to questions that need no video."""
+    """Loss on the letters of options that are told."""
     size, length = batch.ids.shape
     positions = torch.arange(length, device=batch.ids.device).expand(*family.POSITION_AXES, size, -1)
     hidden = model.model.language_model(
@@ -162,41 +195,74 @@ def letter_loss(family: Family, model: Any, batch: LetterBatch) -> torch.Tensor:
     return F.cross_entropy(model.lm_head(hidden[:, :-1][mask]).float(), batch.ids[:, 1:][mask])
 
 
-def losses(
-    family: Family, model: Any, batch: Batch, kept: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Answer loss, patch-word loss and share of the answers' fact tokens predicted right.
+class Probe(torch.nn.Module):
+    """What a visual token's state in the middle of the text model must tell: its column, its row, and events so far.
 
-    `kept`: indices of the visual tokens the model sees (`None`: all), with their original positions.
+    Its later layers compare places and follow the order of events only if these are there to be read. Training alone
+    needs the probe; no checkpoint has it.
     """
+
+    def __init__(self, hidden_size: int, num_columns: int, num_rows: int):
+        super().__init__()
+        self.sizes = [num_columns, num_rows, MAX_EVENTS + 1]
+        self.norm = torch.nn.RMSNorm(hidden_size)
+        self.head = torch.nn.Linear(hidden_size, sum(self.sizes))
+
+    def loss(self, states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """`states [size, num_kept, hidden]`, `wanted [size, num_kept, 3]`."""
+        parts = self.head(self.norm(states)).float().split(self.sizes, dim=-1)
+        each = [F.cross_entropy(part.flatten(0, 1), wanted[..., i].flatten()) for i, part in enumerate(parts)]
+        return torch.stack(each).mean()
+
+
+@dataclass(frozen=True)
+class Losses:
+    answers: torch.Tensor
+    patches: torch.Tensor
+    probe: torch.Tensor
+    right: torch.Tensor  # share of the answers' fact tokens predicted right
+
+
+def losses(family: Family, model: Any, probe: Probe, batch: Batch, kept: torch.Tensor | None) -> Losses:
+    """`kept`: indices of the visual tokens the model sees (`None`: all), with their original positions."""
     size, length = batch.ids.shape
     first, after = batch.num_before, batch.num_before + batch.num_visual
     visual = family.encode_visual(model, batch.pixels, batch.num_frames, size)
-    positions = family.text_positions(first, batch.num_frames, length - after, size).to(batch.ids.device)
     if kept is None:
         kept = torch.arange(batch.num_visual)
     columns = torch.cat([torch.arange(first), first + kept, torch.arange(after, length)])
     embeds = model.get_input_embeddings()(batch.ids)
     embeds = torch.cat([embeds[:, :first], visual[:, kept].to(embeds.dtype), embeds[:, after:]], 1)
-    labels, weights, words = batch.labels[:, columns], batch.weights[:, columns], batch.words[:, kept]
-    # Without a mask transformers takes gaps in plain positions for the borders of packed sequences.
-    attended = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-    hidden = model.model.language_model(
-        inputs_embeds=embeds, attention_mask=attended, position_ids=positions[..., columns], use_cache=False
-    ).last_hidden_state
-    mask = labels[:, 1:] != IGNORE
-    wanted, weights = labels[:, 1:][mask], weights[:, 1:][mask]
+    ids, weights, talks = batch.ids[:, columns], batch.weights[:, columns], batch.talks[:, columns]
+    places = batch.offsets + after * (batch.talks > 0)
+    positions = family.text_positions(first, batch.num_frames, length - after, size).to(ids.device)
+    positions = positions.gather(-1, places[:, columns].expand(*positions.shape[:-1], -1))
+    # A conversation sees itself and what stands before all of them.
+    sees = (talks[:, :, None] == talks[:, None, :]) | (talks[:, None, :] == 0)
+    sees = sees.tril()[:, None]
+    output = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=sees, position_ids=positions, use_cache=False, output_hidden_states=True
+    )
+    hidden = output.last_hidden_state
+    mask = weights[:, 1:] > 0
+    wanted, weights = ids[:, 1:][mask], weights[:, 1:][mask]
     logits = model.lm_head(hidden[:, :-1][mask]).float()
-    answer_loss = (F.cross_entropy(logits, wanted, reduction="none") * weights).sum() / weights.sum()
+    answers = (F.cross_entropy(logits, wanted, reduction="none") * weights).sum() / weights.sum()
     right = (logits.argmax(-1) == wanted)[weights == FACT_WEIGHT].float().mean()
-    seen = model.lm_head(hidden[:, first : first + len(kept)]).float().log_softmax(-1)
+    words = batch.words[:, kept]
+    shown = slice(first, first + len(kept))
+    seen = model.lm_head(hidden[:, shown]).float().log_softmax(-1)
     per_token = -seen.gather(-1, words).mean(-1)
     # Most patches show background, and most others something that stands still: each of the three weighs the same.
     is_object = words[..., 0] != words[..., 1]
     is_still = is_object & (words[..., 3] == batch.still)
     parts = (~is_object, is_still, is_object & ~is_still)
-    patch_loss = torch.stack([per_token[part].mean() for part in parts if part.any()]).mean()
-    return answer_loss, patch_loss, right
+    patches = torch.stack([per_token[part].mean() for part in parts if part.any()]).mean()
+    middle = output.hidden_states[len(output.hidden_states) // 2][:, shown]
+    squares = kept.to(ids.device) % (SQUARES * SQUARES)
+    known = torch.stack([squares % SQUARES, squares // SQUARES], -1).expand(size, -1, -1)
+    probed = probe.loss(middle, torch.cat([known, batch.begun[:, kept, None]], -1))
+    return Losses(answers, patches, probed, right)
 
 
 def build_optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -216,14 +282,17 @@ def build_optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch
 
 
 def start_from(model: Any, checkpoint: Path) -> None:
-    """Take the text model of a pair of another family: LLaVA-OneVision, too, starts from a trained Qwen2."""
+    """Take a checkpoint's weights; of another family's, the text model: LLaVA-OneVision, too, starts from a Qwen2."""
     from transformers import AutoModelForImageTextToText
 
     source = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
+    ours, theirs = (
+        (model, source) if type(source) is type(model) else (model.model.language_model, source.model.language_model)
+    )
     try:
-        model.model.language_model.load_state_dict(source.model.language_model.state_dict())
+        ours.load_state_dict(theirs.state_dict())
     except RuntimeError as error:
-        raise typer.BadParameter(f"start_from={str(checkpoint)!r}: its text model has another shape: {error}") from None
+        raise typer.BadParameter(f"start_from={str(checkpoint)!r}: has another shape: {error}") from None
 
 
 def main(
@@ -238,7 +307,7 @@ def main(
     ] = 0.1,
     patch_weight: float = 1.0,
     start: Annotated[
-        Path | None, typer.Option("--start-from", help="checkpoint whose text model the training starts from")
+        Path | None, typer.Option("--start-from", help="checkpoint to start from; of another family, its text model")
     ] = None,
     seed: int = 0,
     threads: int = 2,
@@ -257,12 +326,14 @@ def main(
         start_from(model, start)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    optimizers = build_optimizers(model, learning_rate)
+    probe = Probe(family.SHAPES[role]["hidden_size"], SQUARES, SQUARES).to(device)
+    optimizers = build_optimizers(torch.nn.ModuleList([model, probe]), learning_rate)
     first, log = 0, []
     state_path = out / "state.pt"
     if state_path.exists():
         state = torch.load(state_path, map_location=device)
         model.load_state_dict(state["model"])
+        probe.load_state_dict(state["probe"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         first, log = state["step"], state["log"]
@@ -280,26 +351,28 @@ def main(
                 group["lr"] = rate
             letters = LetterBatch(tokenizer, step, LETTERS_A_STEP).to(device)
             with torch.autocast(device.type, torch.bfloat16):
-                answer_loss, patch_loss, right = losses(family, model, batch, kept)
+                found = losses(family, model, probe, batch, kept)
                 looked_up = letter_loss(family, model, letters)
-            model.zero_grad()
-            (answer_loss + patch_weight * patch_loss + looked_up).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            (found.answers + patch_weight * found.patches + found.probe + looked_up).backward()
+            torch.nn.utils.clip_grad_norm_([*model.parameters(), *probe.parameters()], 1.0)
             for optimizer in optimizers:
                 optimizer.step()
             if step % 20 == 0 or step == steps - 1:
-                figures = dict(answer_loss=answer_loss.item(), patch_loss=patch_loss.item(), right=right.item())
-                figures["letter_loss"] = looked_up.item()
-                log.append(dict(step=step, **figures))
-                text = (
-                    f"{role} answer {answer_loss:.3f} patch {patch_loss:.3f} letters {looked_up:.3f} facts {right:.3f}"
-                )
+                figures = dict(
+                    answer_loss=found.answers, patch_loss=found.patches, probe_loss=found.probe, letter_loss=looked_up,
+                    right=found.right,
+                )  # fmt: skip
+                log.append({"step": step} | {name: figure.item() for name, figure in figures.items()})
+                text = role + "".join(f" {name.split('_')[0]} {figure:.3f}" for name, figure in figures.items())
                 progress.update(bar, description=text)
                 if not progress.console.is_terminal:
                     print(f"step {step} {text} {(time.time() - started) / (step - first + 1):.2f} s/step", flush=True)
             progress.advance(bar)
             if (step + 1) % CHECKPOINT_STEPS == 0 or step == steps - 1:
-                state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
+                state = dict(model=model.state_dict(), probe=probe.state_dict())
+                state["optimizers"] = [o.state_dict() for o in optimizers]
                 torch.save({**state, "step": step + 1, "log": log}, state_path.with_suffix(".tmp"))
                 state_path.with_suffix(".tmp").replace(state_path)
     family.save_checkpoint(model.cpu(), tokenizer, str(out))
