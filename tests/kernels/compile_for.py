@@ -6,6 +6,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from vllm_lvspec.kernels.advance_decode import _advance_decode_kernel
+from vllm_lvspec.kernels.relevance import _merge_relevance_kernel, _partial_relevance_kernel
 
 KERNELS = {
     "advance_decode": ASTSource(
@@ -23,6 +24,46 @@ KERNELS = {
             "BLOCK": "constexpr",
         },
         constexprs={"PAGE_SIZE": 16, "BLOCK": 128},
+    ),
+    **{
+        f"partial_relevance_{dtype}": ASTSource(
+            fn=_partial_relevance_kernel,
+            signature={
+                "tops_ptr": "*fp32",
+                "queries_ptr": f"*{dtype}",
+                "queries_stride": "i32",
+                "query_starts_ptr": "*i32",
+                "features_ptr": f"*{dtype}",
+                "features_block_stride": "i32",
+                "features_slot_stride": "i32",
+                "block_table_ptr": "*i32",
+                "block_table_stride": "i32",
+                "visual_positions_ptr": "*i32",
+                "visual_starts_ptr": "*i32",
+                "num_queries": "i32",
+                "width": "i32",
+                "block_size": "i32",
+                "TOP": "constexpr",
+                "BLOCK_Q": "constexpr",
+                "BLOCK_V": "constexpr",
+                "BLOCK_D": "constexpr",
+                "INTERPRETED": "constexpr",
+            },
+            constexprs={"TOP": 16, "BLOCK_Q": 16, "BLOCK_V": 64, "BLOCK_D": 64, "INTERPRETED": False},
+        )
+        for dtype in ("bf16", "fp16", "fp32")
+    },
+    "merge_relevance": ASTSource(
+        fn=_merge_relevance_kernel,
+        signature={
+            "relevance_ptr": "*fp32",
+            "tops_ptr": "*fp32",
+            "num_queries": "i32",
+            "top_n": "i32",
+            "NUM_SPLITS": "constexpr",
+            "TOP": "constexpr",
+        },
+        constexprs={"NUM_SPLITS": 16, "TOP": 16},
     ),
 }
 

@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton.experimental.gluon  # takes functions of `triton.language` as they are compiled, so before they are not
+import triton.language
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import vllm_lvspec.kernels.advance_decode
+import vllm_lvspec.kernels.relevance
 
-MODULES = [vllm_lvspec.kernels.advance_decode]
+KERNELS = [vllm_lvspec.kernels.advance_decode, vllm_lvspec.kernels.relevance]
+MODULES = [*KERNELS, triton.language, triton.language.standard]  # whose sort is written in Triton itself
 
 
 @pytest.fixture(autouse=True)

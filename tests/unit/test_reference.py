@@ -11,7 +11,7 @@ from vllm_lvspec.bench.videofacts.tasks import TASKS, make_task
 from vllm_lvspec.reference import PAIRS, llava_onevision, qwen2_5_vl
 from vllm_lvspec.reference.families import FAMILIES
 from vllm_lvspec.reference.tokenizer import build_tokenizer
-from vllm_lvspec.reference.train import FACT_WEIGHT, SQUARE, Batch, LetterBatch, Probe, letter_loss, losses
+from vllm_lvspec.reference.train import FACT_WEIGHT, SQUARE, STATES, Batch, LetterBatch, Probe, letter_loss, losses
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def drafter(request, tokenizer):
     shape = family.SHAPES["draft"]
     model = family.build_model(shape, tokenizer)
     family.prepare_for_training(model)
-    return family, model, Probe(shape["hidden_size"], 4, 4)
+    return family, model, Probe(shape, 12)
 
 
 def test_a_pruned_view_keeps_positions_and_every_loss_reaches_every_part(drafter, tokenizer):
@@ -158,16 +158,24 @@ def test_text_sees_the_first_visual_token_through_the_gaps_of_a_pruned_view(draf
     assert abs(float(before) - float(after)) > 1e-6
 
 
-def test_the_probe_asks_where_a_patch_is_and_how_many_events_there_were(drafter, tokenizer):
+def test_the_probe_asks_where_when_and_what_and_how_many_events_there_were(drafter, tokenizer):
     family, _, _ = drafter
     batch = Batch(family, tokenizer, 3, 4, image=False, long_answers=True)
-    for i, begun in enumerate(batch.begun):
+    moments = family.moments(family.VIDEO_FRAMES)
+    for i, facts in enumerate(batch.facts):
         scene = Scene.from_seed(1_000_000 + 3 * 4 + i)
-        moments = begun[: batch.num_visual // 16 * 16].view(-1, 16)
-        assert (moments == moments[:, :1]).all()
-        assert moments[0, 0] == 0
-        assert moments[-1, 0] == begun[-1] == len(scene.events)
-        assert moments[:, 0].diff().ge(0).all()
+        column, row, moment, state, begun = facts[: len(moments) * 16].view(len(moments), 16, 5).unbind(-1)
+        assert (column[0].view(4, 4) == torch.arange(4)).all()
+        assert (row[0].view(4, 4) == torch.arange(4)[:, None]).all()
+        assert (moment == torch.arange(12)[:, None]).all()
+        assert (begun == begun[:, :1]).all()
+        assert begun[0, 0] == 0
+        assert begun[-1, 0] == facts[-1, 4] == len(scene.events)
+        assert begun[:, 0].diff().ge(0).all()
+        for event in scene.events:
+            shown = {STATES[k] for k in state[[event.start - 0.5 <= m < event.stop + 0.5 for m in moments]].flatten()}
+            kinds = {"appear": "appears", "vanish": "vanishes", "change": "turns", "bounce": "bounces"}
+            assert (event.direction if event.kind == "move" else kinds.get(event.kind, event.kind)) in shown
 
 
 def test_letters_are_those_of_the_options_told_and_are_told_after_the_options(drafter, tokenizer):

@@ -5,7 +5,7 @@
 
 Four losses: the usual one on the answers; one on looking up options of multiple choice, in text alone; one that makes
 every visual token's last state predict, through the language head, the words for what its patch shows; and one that
-makes its state in the middle of the text model tell where the patch is and how many events there have been. Large
+makes its states inside the text model tell where the patch is, when, and how many events there have been. Large
 Video-LLMs have this alignment from pre-training; without it a small model learns to caption fluently and blindly. Data
 follow from the step's number, so a run that was stopped goes on from its last state (`DIR/state.pt`) exactly where it
 was.
@@ -29,7 +29,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerFast
 
-from vllm_lvspec.bench.videofacts.scene import SIDE, Scene
+from vllm_lvspec.bench.videofacts.scene import DIRECTIONS, SIDE, Scene
 from vllm_lvspec.bench.videofacts.tasks import Task, image_task, make_task
 from vllm_lvspec.reference.families import FAMILIES, Family
 from vllm_lvspec.reference.tokenizer import build_tokenizer
@@ -44,7 +44,8 @@ FACT_WEIGHT = 3.0
 IMAGE_EVERY = 16  # batches
 WARMUP_STEPS = 100
 CHECKPOINT_STEPS = 100
-LETTERS_A_STEP = 48
+LETTERS_A_STEP = 24
+STATES = ("background", "still", *DIRECTIONS, "appears", "vanishes", "turns", "bounces", "collide")
 
 
 class Batch:
@@ -66,7 +67,7 @@ class Batch:
         end = tokenizer("<|im_end|>\n").input_ids
         start = tokenizer("<|im_start|>assistant\n").input_ids
         self.num_before = len(head)
-        videos, rows, words, begun = [], [], [], []
+        videos, rows, words, facts = [], [], [], []
         for i in range(size):
             scene = Scene.from_seed(SEED_OFFSET + step * size + i)
             videos.append(scene.render()[:1] if image else scene.render(self.num_frames))
@@ -81,40 +82,44 @@ class Batch:
                     row.add(end[:1], talk, [1.0])
                     row.add(end[1:], talk)
             rows.append(row)
-            words.append(self._patch_words(family, tokenizer, scene))
-            begun.append(self._events_begun(family, scene))
+            shown = self._patch_words(family, scene)
+            words.append(torch.tensor([[_token(tokenizer, word) for word in square] for square in shown]))
+            facts.append(self._patch_facts(family, scene, shown))
         self.pixels = family.pixel_values(videos)
         self.ids = _padded([row.ids for row in rows], tokenizer.pad_token_id)
         self.weights = _padded([row.weights for row in rows], 0.0)
         self.talks = _padded([row.talks for row in rows], -1)
         self.offsets = _padded([row.offsets for row in rows], 0)
-        (self.still,) = tokenizer(" still").input_ids
+        self.still = _token(tokenizer, "still")
         self.words = torch.stack(words)  # [size, num_visual, NUM_WORDS]: words, or as many times background
-        self.begun = torch.stack(begun)  # [size, num_visual]: number of events, 0-3
+        self.facts = torch.stack(facts)  # [size, num_visual, 5]: what the probe asks for
 
     def to(self, device: torch.device) -> Batch:
-        for name in ("pixels", "ids", "weights", "talks", "offsets", "words", "begun"):
+        for name in ("pixels", "ids", "weights", "talks", "offsets", "words", "facts"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
-    def _patch_words(self, family: Family, tokenizer: PreTrainedTokenizerFast, scene: Scene) -> torch.Tensor:
-        @cache
-        def token(word: str) -> int:
-            (idx,) = tokenizer(f" {word}").input_ids
-            return idx
-
+    def _patch_words(self, family: Family, scene: Scene) -> list[tuple[str, ...]]:
         background = ("background",) * NUM_WORDS
         moments = family.moments(self.num_frames)
         squares = [words or background for moment in moments for words in scene.words_at(moment, SQUARE)]
-        squares += [background] * (self.num_visual - len(squares))  # a line end shows nothing
-        return torch.tensor([[token(word) for word in words] for words in squares])
+        return squares + [background] * (self.num_visual - len(squares))  # a line end shows nothing
 
-    def _events_begun(self, family: Family, scene: Scene) -> torch.Tensor:
+    def _patch_facts(self, family: Family, scene: Scene, shown: list[tuple[str, ...]]) -> torch.Tensor:
+        """Column, row, moment, what happens there, and how many events there have been: `[num_visual, 5]`."""
         moments = family.moments(self.num_frames)
-        counts = [sum(event.start - 0.5 <= moment for event in scene.events) for moment in moments]
-        num_squares = self.num_visual // len(moments)
-        counts = [count for count in counts for _ in range(num_squares)]
-        return torch.tensor(counts + counts[-1:] * (self.num_visual - len(counts)))
+        begun = [sum(event.start - 0.5 <= moment for event in scene.events) for moment in moments]
+        facts = []
+        for i, square in enumerate(shown):
+            place, moment = i % SQUARES**2, min(i // SQUARES**2, len(moments) - 1)
+            facts.append((place % SQUARES, place // SQUARES, moment, STATES.index(square[3]), begun[moment]))
+        return torch.tensor(facts)
+
+
+@cache
+def _token(tokenizer: PreTrainedTokenizerFast, word: str) -> int:
+    (idx,) = tokenizer(f" {word}").input_ids
+    return idx
 
 
 class _Row:
@@ -171,8 +176,10 @@ class LetterBatch:
 def _conversations(scene: Scene, rng: np.random.Generator, image: bool, long_answers: bool) -> list[list[Task]]:
     if image:
         return [[image_task(scene, rng)]]
-    long = [("caption", "description")[int(rng.integers(2))]] if long_answers else []
-    tasks = [make_task(scene, kind, rng) for kind in (*long, "question", "question", "choice", "choice")]
+    # Events and their order are the hardest to learn: descriptions tell them in half of a caption's words.
+    long = [("caption", "description")[int(rng.random() < 0.6)]] if long_answers else []
+    kinds = [*long, "question", "question", ("question", "choice")[int(rng.integers(2))], "choice"]
+    tasks = [make_task(scene, kind, rng) for kind in kinds]
     if rng.random() < DIALOGUE_SHARE:
         return [[tasks[i] for i in rng.permutation(len(tasks))]]
     return [[task] for task in tasks]
@@ -196,23 +203,35 @@ def letter_loss(family: Family, model: Any, batch: LetterBatch) -> torch.Tensor:
 
 
 class Probe(torch.nn.Module):
-    """What a visual token's state in the middle of the text model must tell: its column, its row, and events so far.
+    """What visual tokens' states inside the text model must tell: where, when and what; later, how many events so far.
 
-    Its later layers compare places and follow the order of events only if these are there to be read. Training alone
-    needs the probe; no checkpoint has it.
+    Later layers compare places and follow the order of events only if these are there to be read. Training alone needs
+    the probe; no checkpoint has it.
     """
 
-    def __init__(self, hidden_size: int, num_columns: int, num_rows: int):
+    def __init__(self, shape: dict[str, Any], num_moments: int):
         super().__init__()
-        self.sizes = [num_columns, num_rows, MAX_EVENTS + 1]
-        self.norm = torch.nn.RMSNorm(hidden_size)
-        self.head = torch.nn.Linear(hidden_size, sum(self.sizes))
+        num_layers, width = shape["num_hidden_layers"], shape["hidden_size"]
+        self.layers = num_layers // 2, max(num_layers // 2, num_layers * 2 // 3)
+        self.sizes = [SQUARES, SQUARES, num_moments, len(STATES)]
+        self.norms = torch.nn.ModuleList(torch.nn.RMSNorm(width) for _ in self.layers)
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(width, n) for n in (sum(self.sizes), MAX_EVENTS + 1))
 
-    def loss(self, states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """`states [size, num_kept, hidden]`, `wanted [size, num_kept, 3]`."""
-        parts = self.head(self.norm(states)).float().split(self.sizes, dim=-1)
-        each = [F.cross_entropy(part.flatten(0, 1), wanted[..., i].flatten()) for i, part in enumerate(parts)]
-        return torch.stack(each).mean()
+    def loss(self, states: list[torch.Tensor], facts: torch.Tensor) -> torch.Tensor:
+        """`states`: after each of `layers`, `[size, num_kept, hidden]`; `facts [size, num_kept, 5]`."""
+        first, second = (
+            head(norm(state)).float() for head, norm, state in zip(self.heads, self.norms, states, strict=True)
+        )
+        parts = (*first.split(self.sizes, dim=-1), second)
+        each = [
+            F.cross_entropy(part.flatten(0, 1), facts[..., i].flatten(), reduction="none")
+            for i, part in enumerate(parts)
+        ]
+        happens = (facts[..., 3] > STATES.index("still")).flatten()
+        halves = [
+            torch.stack([loss[part].mean() for part in (happens, ~happens) if part.any()]).mean() for loss in each
+        ]
+        return torch.stack(halves).mean()
 
 
 @dataclass(frozen=True)
@@ -258,10 +277,8 @@ def losses(family: Family, model: Any, probe: Probe, batch: Batch, kept: torch.T
     is_still = is_object & (words[..., 3] == batch.still)
     parts = (~is_object, is_still, is_object & ~is_still)
     patches = torch.stack([per_token[part].mean() for part in parts if part.any()]).mean()
-    middle = output.hidden_states[len(output.hidden_states) // 2][:, shown]
-    squares = kept.to(ids.device) % (SQUARES * SQUARES)
-    known = torch.stack([squares % SQUARES, squares // SQUARES], -1).expand(size, -1, -1)
-    probed = probe.loss(middle, torch.cat([known, batch.begun[:, kept, None]], -1))
+    inside = [output.hidden_states[layer][:, shown] for layer in probe.layers]
+    probed = probe.loss(inside, batch.facts[:, kept])
     return Losses(answers, patches, probed, right)
 
 
@@ -326,7 +343,7 @@ def main(
         start_from(model, start)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    probe = Probe(family.SHAPES[role]["hidden_size"], SQUARES, SQUARES).to(device)
+    probe = Probe(family.SHAPES[role], len(family.moments(family.VIDEO_FRAMES))).to(device)
     optimizers = build_optimizers(torch.nn.ModuleList([model, probe]), learning_rate)
     first, log = 0, []
     state_path = out / "state.pt"
