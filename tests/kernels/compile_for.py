@@ -5,10 +5,39 @@ import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from vllm_lvspec.kernels.acceptance import _accept_kernel
 from vllm_lvspec.kernels.advance_decode import _advance_decode_kernel
 from vllm_lvspec.kernels.relevance import _merge_relevance_kernel, _partial_relevance_kernel
 
 KERNELS = {
+    "accept": ASTSource(
+        fn=_accept_kernel,
+        signature={
+            "token_ids_ptr": "*i32",
+            "reasons_ptr": "*i8",
+            "sources_ptr": "*i16",
+            "draft_ids_ptr": "*i32",
+            "target_ids_ptr": "*i32",
+            "bonus_ids_ptr": "*i32",
+            "starts_ptr": "*i32",
+            "exact_ptr": "*i1",
+            "relevance_ptr": "*fp32",
+            "relative_probs_ptr": "*fp32",
+            "num_fillers_ptr": "*i32",
+            "thresholds_ptr": "*fp32",
+            "probability_floors_ptr": "*fp32",
+            "windows_ptr": "*i32",
+            "guards_ptr": "*i32",
+            "stop_ids_ptr": "*i32",
+            "num_stops": "i32",
+            "kinds_ptr": "*u8",
+            "ends_ptr": "*i1",
+            "max_drafted": "i32",
+            "BACK_ONLY": "constexpr",
+            "BLOCK": "constexpr",
+        },
+        constexprs={"BACK_ONLY": False, "BLOCK": 16},
+    ),
     "advance_decode": ASTSource(
         fn=_advance_decode_kernel,
         signature={

@@ -9,10 +9,11 @@ import triton.language
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+import vllm_lvspec.kernels.acceptance
 import vllm_lvspec.kernels.advance_decode
 import vllm_lvspec.kernels.relevance
 
-KERNELS = [vllm_lvspec.kernels.advance_decode, vllm_lvspec.kernels.relevance]
+KERNELS = [vllm_lvspec.kernels.acceptance, vllm_lvspec.kernels.advance_decode, vllm_lvspec.kernels.relevance]
 MODULES = [*KERNELS, triton.language, triton.language.standard]  # whose sort is written in Triton itself
 
 

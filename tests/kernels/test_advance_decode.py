@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -43,14 +39,3 @@ def test_slots_are_those_of_the_block_table():
 def test_rows_that_differ_are_refused():
     with pytest.raises(ValueError, match="rows differ"):
         advance_decode(torch.zeros(1, 2), torch.zeros(3), torch.zeros(3), torch.zeros(3, 1), 4)
-
-
-@pytest.mark.parametrize(("backend", "arch"), [("cuda", "80"), ("cuda", "90"), ("cuda", "100"), ("hip", "gfx942")])
-def test_every_kernel_compiles_for_gpus_that_are_not_here(backend, arch, compile_script, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, str(compile_script), backend, arch], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    for line in done.stdout.splitlines():
-        assert int(line.split()[1]) > 500
