@@ -31,6 +31,8 @@ from transformers import PreTrainedTokenizerFast
 
 from vllm_lvspec.bench.videofacts.scene import DIRECTIONS, SIDE, Scene
 from vllm_lvspec.bench.videofacts.tasks import Task, image_task, make_task
+from vllm_lvspec.draft.pruning import VisualGrid
+from vllm_lvspec.draft.pruning.uniform import keep_uniform
 from vllm_lvspec.reference.families import FAMILIES, Family
 from vllm_lvspec.reference.tokenizer import build_tokenizer
 
@@ -362,7 +364,7 @@ def main(
             image = family.SEES_IMAGES and step % IMAGE_EVERY == IMAGE_EVERY - 1
             batch = Batch(family, tokenizer, step, batch_size, image, long_answers=step >= short_share * steps)
             batch.to(device)
-            kept = _pruned_view(batch.num_visual, step) if role == "draft" and step % 2 and not image else None
+            kept = _pruned_view(family, step) if role == "draft" and not image else None
             rate = _learning_rate(learning_rate, step, steps)
             for group in (g for optimizer in optimizers for g in optimizer.param_groups):
                 group["lr"] = rate
@@ -397,11 +399,22 @@ def main(
     (out / "training_log.json").write_text(json.dumps({**settings, "seed": seed, "log": log}, indent=1))
 
 
-def _pruned_view(num_visual: int, step: int) -> torch.Tensor:
-    """A drafter learns to live with pruned views, so that pruning costs it sight and not sense: 10-100 % are kept."""
-    generator = torch.Generator().manual_seed(step)
-    count = max(1, round(num_visual * (1 - 0.9 * torch.rand(1, generator=generator).item())))
-    return torch.randperm(num_visual, generator=generator)[:count].sort().values
+def _pruned_view(family: Family, step: int) -> torch.Tensor | None:
+    """A drafter learns to live with pruned views, so that pruning costs it sight and not sense.
+
+    One step in four shows everything, one 10-100 % of the tokens at random, and two as many spread evenly.
+    """
+    rng = np.random.default_rng([step, 31])
+    ratio = 0.9 * float(rng.random()) ** 0.25  # mostly near what is the default when served
+    num_moments = len(family.moments(family.VIDEO_FRAMES))
+    num_visual = family.num_visual_tokens(family.VIDEO_FRAMES)
+    if step % 4 == 0:
+        return None
+    if step % 4 == 1:
+        count = max(1, round(num_visual * (1 - ratio)))
+        return torch.from_numpy(rng.permutation(num_visual)[:count]).sort().values
+    grid = VisualGrid(num_moments, SQUARES, SQUARES, num_extra=num_visual - num_moments * SQUARES**2)
+    return keep_uniform(grid, ratio)
 
 
 def _learning_rate(peak: float, step: int, steps: int) -> float:
