@@ -1,0 +1,136 @@
+"""Time every kernel beside its PyTorch reference: `python -m vllm_lvspec.kernels.benchmark`.
+
+Prints the bytes a kernel must move over the time it takes, as a share of what a plain copy reaches on the same device.
+Where no GPU is, the references alone are timed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+
+from vllm_lvspec.kernels.acceptance import Chains, Rules, accept_reference, launch_accept
+from vllm_lvspec.kernels.advance_decode import advance_decode_reference, launch_advance_decode
+from vllm_lvspec.kernels.relevance import launch_relevance, relevance_reference
+
+COPY_BYTES = 2**28
+VOCABULARY = 152064
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on inputs of one size; `num_bytes` are read and written at the least."""
+
+    name: str
+    launch: Callable[[], object]
+    reference: Callable[[], object]
+    num_bytes: int
+
+
+def relevance_case(num_requests: int, num_drafted: int, num_visual: int, width: int, device: torch.device) -> Case:
+    block_size = 16
+    blocks = -(-num_visual // block_size)
+    features = torch.randn(num_requests * blocks, block_size, width, device=device, dtype=torch.bfloat16)
+    queries = torch.randn(num_requests * num_drafted, width, device=device, dtype=torch.bfloat16)
+    table = torch.randperm(num_requests * blocks, device=device).int().view(num_requests, blocks)
+    positions = torch.arange(num_visual, device=device, dtype=torch.int32).repeat(num_requests)
+    each = torch.arange(num_requests + 1, device=device, dtype=torch.int32)
+    batch = queries, each * num_drafted, features, table, positions, each * num_visual, 10
+    return Case(
+        f"relevance, {num_requests} x {num_drafted} tokens, {num_visual} visual, {width} wide",
+        lambda: launch_relevance(*batch, num_drafted),
+        lambda: relevance_reference(*batch),
+        num_requests * (num_visual + num_drafted) * width * 2,
+    )
+
+
+def acceptance_case(num_requests: int, num_drafted: int, device: torch.device) -> Case:
+    count = num_requests * num_drafted
+    each = torch.arange(num_requests + 1, device=device, dtype=torch.int32)
+    draft, target = (torch.randint(100, 120, (count,), device=device, dtype=torch.int32) for _ in range(2))
+    chains = Chains(
+        draft, target, target[:num_requests], each * num_drafted, draft == target, torch.rand(count, device=device),
+        torch.rand(count, device=device),
+    )  # fmt: skip
+    fillers = (torch.arange(num_drafted + 1, device=device) * 7 // 10).int().repeat(num_requests, 1)
+    ones = torch.ones(num_requests, device=device)
+    rules = Rules(
+        fillers, ones * float("inf"), ones * 0, (ones * 3).int(), (ones * 2).int(),
+        torch.full((num_requests, 1), -1, device=device, dtype=torch.int32),
+        torch.zeros(VOCABULARY, device=device, dtype=torch.uint8), ones.bool(),
+    )  # fmt: skip
+    return Case(
+        f"acceptance, {num_requests} x {num_drafted} tokens",
+        lambda: launch_accept(chains, rules),
+        lambda: accept_reference(chains, rules),
+        count * (4 + 4 + 1 + 4 + 4 + 2) + num_requests * (num_drafted + 1) * (4 + 4 + 1 + 2),
+    )
+
+
+def advance_decode_case(num_rows: int, device: torch.device) -> Case:
+    batch = (
+        torch.zeros(3, num_rows, device=device, dtype=torch.int64),
+        torch.zeros(num_rows, device=device, dtype=torch.int32),
+        torch.zeros(num_rows, device=device, dtype=torch.int64),
+        # Every timed call moves on by one token.
+        torch.zeros(num_rows, 2**16, device=device, dtype=torch.int32),
+        16,
+    )
+    return Case(
+        f"advance_decode, {num_rows} rows",
+        lambda: launch_advance_decode(*batch),
+        lambda: advance_decode_reference(*batch),
+        num_rows * (3 * 16 + 8 + 8 + 4),
+    )
+
+
+def cases(device: torch.device) -> list[Case]:
+    large = device.type == "cuda"
+    videos = [(1, 12544), (8, 12544), (32, 3136)] if large else [(1, 784), (4, 196)]
+    return [
+        *(relevance_case(n, 10, visual, 3584, device) for n, visual in videos),
+        *(acceptance_case(n, 10, device) for n in (1, 32, 256)),
+        *(advance_decode_case(n, device) for n in (1, 256)),
+    ]
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Median over repeated calls."""
+    if device.type == "cuda":
+        return float(triton.testing.do_bench(call, return_mode="median")) / 1e3
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[2]
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * COPY_BYTES / seconds(lambda: target.copy_(source), device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, references alone"
+    table = Table(title=f"{name}: a copy moves {bandwidth / 1e9:.0f} GB/s; torch {torch.__version__}")
+    for column in ("kernel", "reference, µs", "kernel, µs", "of a copy's bandwidth"):
+        table.add_column(column)
+    for case in cases(device):
+        reference = seconds(case.reference, device)
+        if device.type == "cuda":
+            taken = seconds(case.launch, device)
+            row = f"{taken * 1e6:.1f}", f"{case.num_bytes / taken / bandwidth:.1%}"
+        else:
+            row = "–", "–"
+        table.add_row(case.name, f"{reference * 1e6:.1f}", *row)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+import torch
+
+from vllm_lvspec.kernels import benchmark
+
+
+def test_every_kernel_is_timed_beside_its_reference(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "COPY_BYTES", 2**20)
+    benchmark.main()
+    shown = capsys.readouterr().out
+    assert "a copy moves" in shown
+    assert all(name in shown for name in ("relevance", "acceptance", "advance_decode"))
+
+
+def test_the_timed_launches_are_of_what_the_references_compute(device):
+    small = [
+        benchmark.relevance_case(2, 3, 20, 32, device),
+        benchmark.acceptance_case(2, 5, device),
+    ]
+    assert torch.allclose(small[0].launch(), small[0].reference(), atol=1e-2)
+    launched, wanted = vars(small[1].launch()), vars(small[1].reference())
+    assert all(torch.equal(launched[name], wanted[name]) for name in wanted)
+    advance = benchmark.advance_decode_case(3, device)
+    advance.launch(), advance.reference()
