@@ -178,7 +178,6 @@ def _accept_kernel(
         source = tl.where(source >= num_accepted, -1, source)
         passes = exact | loose | (source >= 0)
         num_accepted = tl.min(tl.where(in_chain & ~passes, place, length), axis=0)
-    # A source is void behind the end only after the end is known; those in front of it stay below it.
     ended = (num_accepted > 0) & (num_accepted == first_end + 1)
     last = tl.sum(tl.where(place == num_accepted, target, 0))
     last = tl.where(num_accepted < num_drafted, last, tl.load(bonus_ids_ptr + request))
