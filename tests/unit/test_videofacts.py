@@ -12,7 +12,7 @@ from vllm_lvspec.bench.videofacts.facts import event_name, scene_facts
 from vllm_lvspec.bench.videofacts.grammar import EVENT_VERBS, NUMBERS
 from vllm_lvspec.bench.videofacts.scene import COLOURS, NUM_FRAMES, SIDE, SIZES, Scene, relations, video_item, write_mp4
 from vllm_lvspec.bench.videofacts.score import read, score_answer, totals
-from vllm_lvspec.bench.videofacts.tasks import TASKS, Task, make_task
+from vllm_lvspec.bench.videofacts.tasks import TASKS, Task, image_task, make_task
 
 SEEDS = range(400)
 
@@ -194,12 +194,95 @@ def replaced_facts(task: Task, swap: dict[str, str]) -> str:
 def test_swapped_colours_are_always_caught(kind):
     for seed in SEEDS:
         scene, task = task_of(seed, kind)
-        a, b = scene.objects[0], scene.objects[1]
-        wrong = replaced(task.answer.text, {a.colour: b.colour, b.colour: a.colour})
-        if replaced(wrong, {a.name: "x", b.name: "x"}) == replaced(task.answer.text, {a.name: "x", b.name: "x"}):
-            # Of the same shape: then what happens to them is swapped, unless nothing or the same thing does.
-            continue
-        assert score_answer(scene, task, wrong).accuracy < 1, wrong
+        for i, j in itertools.combinations(range(len(scene.objects)), 2):
+            a, b = scene.objects[i], scene.objects[j]
+            wrong = replaced(task.answer.text, {a.colour: b.colour, b.colour: a.colour})
+            happens = [{e.kind for e in scene.events if k in (e.actor, e.other)} for k in (i, j)]
+            together = any({e.actor, e.other} == {i, j} for e in scene.events)
+            if a.shape == b.shape and (together or not any(happens)):
+                continue  # nothing that a description tells apart; a caption's sizes and places may be the same, too
+            assert score_answer(scene, task, wrong).accuracy < 1, wrong
+
+
+def test_one_object_listed_as_another_is_always_caught():
+    listed = 0
+    for seed in SEEDS:
+        scene, task = task_of(seed, "description")
+        opening, _, story = task.answer.text.partition(". ")
+        for a, b in itertools.permutations(scene.objects, 2):
+            wrong = opening.replace(a.name, b.name)
+            assert wrong != opening
+            listed += 1
+            assert score_answer(scene, task, f"{wrong}. {story}").accuracy < 1, wrong
+    assert listed > 1000
+
+
+INITIAL = "First", "Initially", "To begin with", "At the start", "At the beginning", "Early on"
+FINAL = "Finally", "In the end", "At last", "Eventually", "Towards the end", "As the last thing", "At the very end"
+
+
+@pytest.mark.parametrize("kind", ["caption", "description"])
+def test_a_wrong_first_or_last_is_always_caught(kind):
+    changed = 0
+    for seed in SEEDS:
+        scene, task = task_of(seed, kind)
+        lead = re.search(rf"\b(?:{'|'.join(INITIAL)}|In the opening (?:moments|seconds))\b", task.answer.text)
+        for last in FINAL:
+            wrong = task.answer.text.replace(lead[0], last)
+            score = score_answer(scene, task, wrong)
+            assert score.order_right is False and score.wrong["order"] == 1, wrong
+            changed += 1
+        for first in INITIAL:
+            wrong = re.sub(rf"\b(?:{'|'.join(FINAL)})\b", first, task.answer.text)
+            if wrong != task.answer.text:
+                assert score_answer(scene, task, wrong).order_right is False, wrong
+                changed += 1
+    assert changed > 10 * len(SEEDS)
+
+
+def test_an_event_told_again_as_a_later_one_is_always_caught():
+    for seed in SEEDS:
+        scene, task = task_of(seed, "description")
+        first = next(s for s in task.answer.text.split(". ") if read(s).events).rsplit(", ", 1)[1]
+        for lead in ("Finally", "Then", "After that", "In the end", "Next", "Subsequently"):
+            score = score_answer(scene, task, f"{task.answer.text} {lead}, {first}.")
+            assert score.order_right is False, (lead, first)
+        assert score_answer(scene, task, f"{task.answer.text} {first}.").accuracy == 1
+
+
+def test_denied_counts_and_relations_are_always_caught():
+    counts = relations_denied = 0
+    for seed in SEEDS:
+        scene, task = task_of(seed, "caption")
+        for word in ("not", "more than", "fewer than"):
+            wrong = re.sub(r"\b(two|three|four) (objects|shapes|figures|items)", rf"{word} \1 \2", task.answer.text)
+            counts += wrong != task.answer.text
+            assert wrong == task.answer.text or score_answer(scene, task, wrong).accuracy < 1, wrong
+        place = r"((?:(?:to|on) the )?(?:left of|right of|above|below))"
+        verb = rf"\b(is|is found|is placed|sits|stands|lies|can be found) {place}"
+        for word in ("not", "never"):
+            wrong = re.sub(verb, rf"\1 {word} \2", task.answer.text)
+            relations_denied += wrong != task.answer.text
+            assert wrong == task.answer.text or score_answer(scene, task, wrong).wrong.get("relation"), wrong
+    assert counts > 2 * len(SEEDS) and relations_denied > len(SEEDS)
+
+
+def test_a_last_thing_is_no_answer_to_what_happens_first():
+    asked = 0
+    for seed in SEEDS:
+        scene, task = task_of(seed, "question")
+        if task.prompt == "What happens first?":
+            asked += 1
+            wrong = task.answer.text.replace("first", "last")
+            assert score_answer(scene, task, wrong).accuracy < 1, wrong
+    assert asked > 10
+
+
+def test_a_picture_with_nothing_in_it_is_scored():
+    scene = next(s for s in map(Scene.from_seed, SEEDS) if not any(s.is_visible(i, 0) for i in range(len(s.objects))))
+    task = image_task(scene, np.random.default_rng(0))
+    assert score_answer(scene, task, task.answer.text).accuracy == 1
+    assert score_answer(scene, task, "The picture shows a pink circle.").accuracy == 0
 
 
 @pytest.mark.parametrize("kind", ["caption", "description"])
@@ -399,6 +482,28 @@ def test_a_choice_is_scored_by_its_letter():
         ("The red circle next to the blue square vanishes.", {("event", "red", "vanish")}),
         ("The red circle is not above the blue square.", {("not", "relation", "red", "above", "blue")}),
         ("A is wrong. Answer: B", {("choice", "B")}),
+        ("Option A is right.", {("choice", "A")}),
+        ("A is correct.", {("choice", "A")}),
+        ("The answer is A because the red circle is there.", {("choice", "A")}),
+        ("The answer is b.", {("choice", "B")}),
+        ("Answer: (c)", {("choice", "C")}),
+        ("The letter is B, not A.", {("choice", "B")}),
+        ("So it is option C. D is wrong.", {("choice", "C")}),
+        ("A red circle, so the letter is C.", {("choice", "C")}),
+        ("The video does not contain a circle.", {("negation", "circle")}),
+        ("No, none of the shapes is a circle.", {("negation", "circle")}),
+        ("There are no circles or triangles.", {("negation", "circle"), ("negation", "triangle")}),
+        ("Triangles are absent.", {("negation", "triangle")}),
+        ("Hardly any object vanishes.", {("negation", "vanish")}),
+        ("There are more than three shapes.", {("count", "more than three")}),
+        ("The video does not show three shapes.", {("not", "count", "3")}),
+        ("There are three objects, among them a red circle and a blue square.", {("count", "3")}),
+        ("The red circle and the blue square pass without colliding.", {("not", "event", "blue+red", "collide")}),
+        ("The red circle almost vanishes.", {("not", "event", "red", "vanish")}),
+        ("The red circle fails to vanish.", {("not", "event", "red", "vanish")}),
+        ("The red circle vanishes without a trace.", {("event", "red", "vanish")}),
+        ("Neither the red circle nor the blue square vanishes.",
+         {("not", "event", "red", "vanish"), ("not", "event", "blue", "vanish")}),
         ("**C**", {("choice", "C")}),
         ("I count 3 objects.", {("count", "3")}),
         ("The red circle slides right, then the blue square bounces off the top edge.",
@@ -418,6 +523,14 @@ def test_the_reader_knows_words_that_the_grammar_does_not_write(text, facts):
         ("Before the blue square appears, the red circle vanishes.", ("red:vanish", "blue:appear")),
         ("First the red circle moves up and then the blue square moves down.", ("red:move", "blue:move")),
         ("The red circle moves up, and after that the blue square vanishes.", ("red:move", "blue:vanish")),
+        ("The red circle moves up. Before that, the blue square vanishes.", ("blue:vanish", "red:move")),
+        ("The red circle moves up. Earlier, the blue square vanishes.", ("blue:vanish", "red:move")),
+        ("The red circle moves up, preceded by the blue square vanishing.", ("blue:vanish", "red:move")),
+        ("Prior to the blue square vanishing, the red circle moves up.", ("red:move", "blue:vanish")),
+        (
+            "Before the red circle moves up, the blue square vanishes and then the cyan one appears.",
+            ("blue:vanish", "cyan:appear", "red:move"),
+        ),
         ("The red circle moves up, after which the blue square vanishes.", ("red:move", "blue:vanish")),
     ],
 )

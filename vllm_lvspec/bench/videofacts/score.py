@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vllm_lvspec.bench.videofacts.facts import KINDS, Fact, actor_of, scene_facts
+from vllm_lvspec.bench.videofacts.facts import KINDS, Fact, actor_of, event_name, scene_facts
 from vllm_lvspec.bench.videofacts.scene import COLOURS, Scene
 from vllm_lvspec.bench.videofacts.tasks import Task
 
@@ -71,12 +71,30 @@ _SIZE_WORD = re.compile(rf"\b({_any(_SIZE)})\b")
 _NO_ADJECTIVE = rf"(?:of|is|are|more|other|can|could|finds|sees|{_any(_NUMBER)})"
 _COUNT = re.compile(rf"\b((?:(?:{_any(_NUMBER)}) )+)(?:(?!{_NO_ADJECTIVE}\b)\w+ ){{0,3}}?(?:{_THING})\b")
 _NUMBER_WORD = re.compile(rf"\b({_any(_NUMBER)})\b")
+_BOUND = re.compile(r"\b(more|fewer|less) than $")
+_VAGUE = re.compile(r"\b(?:at least|at most|up to|roughly|nearly|almost|not only) $")
+_EXAMPLES = re.compile(r"\b(?:among|including|such as|for example)\b")
 _PART_OF_ALL = re.compile(r"\b(?:the|these|those|both|other|remaining|another)(?: (?:other|remaining|same))? $")
 _RELATION = re.compile(rf"\b({_any(_PLACE)}) (?:the |an? )?@(\d+)@")
 _NEIGHBOUR = re.compile(r"\b(?:next to|near|beside|close to) (?:the |an? )?@\d+@")
 _EVENT = re.compile("|".join(rf"\b(?P<{kind}>{verb})(?!\w)" for kind, verb in _VERBS.items()))
-_NOT = re.compile(r"\b(?:no|not|nothing|never|none|neither|nor)\b|n't\b")
-_NONE_OF = re.compile(r"(?:\b(?:no|without|neither|nor|not)|n't)(?: an?| any| single)* $")
+_NOT = re.compile(r"\b(?:no|not|nothing|never|none|neither|nor|hardly any|barely any)\b|n't\b")
+# Right before a verb these deny it; behind it, "vanishes without a trace", they don't.
+_NOT_QUITE = re.compile(r"\b(?:without|almost|nearly|barely|hardly|fail(?:s|ed|ing)? to)(?: \w+)? $")
+_NOT_BEFORE = re.compile(r"(?:\b(?:not|never|hardly|nowhere)|n't)(?! only)(?: \w+){0,2} $")
+_LIGHT_WORDS = (
+    rf"an?|any|single|one|of|the|these|those|is|are|be|to|there|actually|really|contains?|includes?|shows?|ha(?:s|ve)|"
+    rf"features?|presents?|see|find|{_THING}"
+)
+_NONE_OF = re.compile(
+    r"(?:\b(?:no|without|neither|nor|hardly any)(?: an?| any| single)*"
+    rf"|(?:\b(?:not|never)|n't)(?: (?!the\b)(?:{_LIGHT_WORDS}))*|\bnone(?: (?:{_LIGHT_WORDS}))*) $"
+)
+_MISSING = re.compile(
+    r" (?:is|are)(?:n't| not| never| nowhere)(?: to be)? (?:there|present|seen|shown|visible|found|in)\b"
+    r"|(?: (?:is|are))? (?:absent|missing)\b"
+)
+_OR = re.compile(r"(?:,? (?:or|nor)|,)(?: an?| any)* $")
 _GENERIC = re.compile(rf"\b(?:{_THING}|something|nothing|anything|none|it|they|two|any)\b")
 _BARE_SHAPE = re.compile(rf"\b({_any(_SHAPE)})s?\b")
 _COLOUR_WORD = re.compile(rf"\b({_any(_COLOUR)})\b")
@@ -94,16 +112,46 @@ _BOUNDARY = re.compile(
     r"(?:,? and)?,? \b(?:shortly |soon |right )?(?:afterwards?|after (?:that|this|which))\b"
     r"|,? \b(and then|then|and|but|while|before|after|once|until)\b|,"
 )
-_LETTER = re.compile(r"(?<![\w'])([A-D])(?![\w'])")
+_EARLIER = re.compile(r"\b(?:before (?:that|this|then)|prior to (?:that|this)|earlier|previously|beforehand)\b")
+_NO_EVENT = r"(?! (?:ones?|time|glance|sight|half|objects?|shapes?|figures?|items?|things)\b)"
+_LEADS = {
+    "first": re.compile(
+        rf"\bfirst(?: of all)?\b(?! of\b){_NO_EVENT}|\binitially\b|\bto (?:begin|start) with\b"
+        r"|\b(?:at|in) the (?:very )?(?:start|beginning|opening)\b|\bearly on\b"
+    ),
+    "last": re.compile(
+        rf"\blast(?: of all)?\b(?! of\b){_NO_EVENT}|\b(?:finally|lastly|eventually)\b"
+        r"|\b(?:in|at|near|towards?) the (?:very )?end\b(?! of the (?:frame|picture|image|screen))"
+    ),
+    "next": re.compile(
+        r"\b(?:then|next(?! to\b)|after (?:that|this|which)|later|(?:there)?afterwards?|following (?:this|that)"
+        r"|subsequently|once this is over)\b"
+    ),
+}
+_MEANWHILE = re.compile(r"\b(?:as|while|when|since) (?:the |an? )?@\d+@")
+_ARTICLE = rf"A (?:{_any({**_COLOUR, **_SHAPE, **_SIZE})}|{_THING})\b"
+_LETTER = re.compile(r"(?<![\w'])(?!A (?!is|because|as|since|fits)[a-z])([A-D])(?![\w'])")
 _LETTER_ALONE = re.compile(r"\W*([a-dA-D])\W*")
+_LETTER_NAMED = re.compile(
+    r"\b(?:[Aa]nswer|[Oo]ption|[Ll]etter|[Cc]hoice)\b(?: is| must be| would be| should be|:)*\W*?"
+    rf"(?!{_ARTICLE})(?:([A-D])(?![\w'])|[(\[]([a-d])[)\]]|([a-d])(?=\W*(?:$|[.,;!?])))"
+)
+_LETTER_DENIED = re.compile(
+    r"(?:\bnot|n't)(?: \w+)? \W*[A-D](?![\w'])"
+    r"|(?<![\w'])[A-D] (?:is|would be)(?:n't| not| wrong| false| incorrect)\b"
+)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What an answer says: facts, and the events in the order in which it says they happen, repeats included."""
+    """What an answer says: facts, and the events in the order in which it says they happen, repeats included.
+
+    `leads`: for each event, whether it is said to come "first", "last" or "next"; else empty.
+    """
 
     facts: frozenset[Fact]
     events: tuple[str, ...]
+    leads: tuple[str, ...]
 
 
 def read(text: str) -> Reading:
@@ -112,27 +160,36 @@ def read(text: str) -> Reading:
     `("exists", shape or kind of event)` where it names no object, `("not", *fact)` where it denies one.
     """
     facts: set[Fact] = set()
-    events: list[str] = []
+    told: list[_Told] = []
     if letter := _read_letter(text):
         facts.add(("choice", letter))
     for sentence in re.split(r"[.!?;]", text.lower().replace("@", " ")):
-        said, happened = _read_sentence(" ".join(sentence.split()))
-        facts |= said
-        events += happened
-    return Reading(frozenset(facts), tuple(events))
+        facts |= _read_sentence(" ".join(sentence.split()), told)
+    return Reading(frozenset(facts), tuple(t.event for t in told), tuple(t.lead for t in told))
+
+
+@dataclass(frozen=True)
+class _Told:
+    event: str
+    lead: str
 
 
 def _read_letter(text: str) -> str | None:
-    """The last letter that stands for an option; "A circle ..." has none."""
+    """The last letter that is called the answer, else the last that stands for an option; "A circle ..." has none."""
     if alone := _LETTER_ALONE.fullmatch(text):
         return alone[1].upper()
-    letters = [m for m in _LETTER.finditer(text) if m[1] != "A" or not re.match(r" [a-z]", text[m.end() :])]
-    return letters[-1][1] if letters else None
+    text = _LETTER_DENIED.sub("", text)
+    if named := _LETTER_NAMED.findall(text):
+        return "".join(named[-1]).upper()
+    letters = _LETTER.findall(text)
+    return letters[-1] if letters else None
 
 
-def _read_sentence(sentence: str) -> tuple[set[Fact], list[str]]:
+def _read_sentence(sentence: str, told: list[_Told]) -> set[Fact]:
+    """The sentence's facts; its events go into the story, `told`."""
     facts: set[Fact] = set()
     colours: list[str] = []
+    introduced: list[Fact] = []
 
     def name(match: re.Match[str]) -> str:
         before, colour, after, shape = match.groups()
@@ -144,6 +201,8 @@ def _read_sentence(sentence: str) -> tuple[set[Fact], list[str]]:
             facts.add(("not", *said[-1]))
             return "nobody"
         facts.update(said)
+        if re.search(r"\ban? $", match.string[: match.start()]):
+            introduced.append(said[-1])
         facts.update(("size", colour, _SIZE[size]) for size in _SIZE_WORD.findall(before + after))
         colours.append(colour)
         return f"@{len(colours) - 1}@"
@@ -154,14 +213,28 @@ def _read_sentence(sentence: str) -> tuple[set[Fact], list[str]]:
         subject_of_event = re.match(r" (?:\w+ly )?", sentence[match.end() :])
         rest = sentence[match.end() + (subject_of_event.end() if subject_of_event else 0) :]
         verb = _EVENT.match(rest)
-        if not _PART_OF_ALL.search(sentence[: match.start()]) and not (verb and verb.lastgroup != "appear"):
-            facts.update(("count", _NUMBER[number]) for number in _NUMBER_WORD.findall(match[1]))
+        before = sentence[: match.start()]
+        if _PART_OF_ALL.search(before) or _VAGUE.search(before) or (verb and verb.lastgroup != "appear"):
+            continue
+        bound = _BOUND.search(before)
+        denied = _NOT_BEFORE.search(before)
+        for number in _NUMBER_WORD.findall(match[1]):
+            count = ("count", f"{bound[1]} than {number}" if bound else _NUMBER[number])
+            facts.add(("not", *count) if denied else count)
+    counts = any(fact[0] == "count" for fact in facts)
+    if counts and len(introduced) > 1 and not _EXAMPLES.search(sentence) and not _BARE_SHAPE.search(sentence):
+        # Who lists one object twice lists one less.
+        facts.add(("count", str(len(set(introduced)))))
     sentence = _read_relations(sentence, colours, facts)
-    events = _read_events(sentence, colours, facts)
+    _read_events(sentence, colours, facts, told)
+    end, denied = 0, None
     for match in _BARE_SHAPE.finditer(sentence):
-        denied = _NONE_OF.search(sentence[: match.start()])
+        before, behind = sentence[: match.start()], sentence[match.end() :]
+        goes_on = denied and _OR.fullmatch(sentence[end : match.start()])
+        denied = _NONE_OF.search(before) or _MISSING.match(behind) or goes_on
         facts.add(("negation" if denied else "exists", _SHAPE[match[1]]))
-    return facts, events
+        end = match.end()
+    return facts
 
 
 def _read_relations(sentence: str, colours: list[str], facts: set[Fact]) -> str:
@@ -176,7 +249,7 @@ def _read_relations(sentence: str, colours: list[str], facts: set[Fact]) -> str:
         if subjects or later:
             subject = subjects[-1] if subjects else later[0]
             fact = ("relation", colours[subject], _PLACE[match[1]], colours[int(match[2])])
-            facts.add(("not", *fact) if re.search(r"(?:\bnot|n't)(?: \w+){0,2} $", before) else fact)
+            facts.add(("not", *fact) if _NOT_BEFORE.search(before) else fact)
     return _NEIGHBOUR.sub("", _RELATION.sub("", sentence))
 
 
@@ -211,20 +284,31 @@ def _clauses(sentence: str) -> list[_Clause]:
     return clauses
 
 
-def _read_events(sentence: str, colours: list[str], facts: set[Fact]) -> list[str]:
-    events: list[str] = []
+def _read_events(sentence: str, colours: list[str], facts: set[Fact], told: list[_Told]) -> None:
+    sentence = re.sub(r"\bpreceded by\b", "after", _EARLIER.sub("earlier", sentence))
+    sentence = re.sub(r"\bprior to\b", "before", re.sub(r"\bfollowed by\b", "then", sentence))
     actors: list[str] = []  # of the clause before, for a verb without a subject of its own
-    clauses = _clauses(sentence)
-    for clause in clauses:
+    later: list[_Told] = []  # of a clause that the others of its sentence come before
+    for i, clause in enumerate(_clauses(sentence)):
         names, actors = _read_event(sentence, clause, colours, facts, actors)
-        names = [n for n in names if not events or n != events[-1]]
-        if clause.word == "after":
-            events[-1:-1] = names
+        text = sentence[clause.begin : clause.end]
+        head = sentence[clause.begin : clause.verb.start()]
+        lead = _lead(clause.word, text)
+        said = [_Told(name, lead) for name in names if lead or not told or name != told[-1].event]
+        if clause.word == "after" or "earlier" in text:
+            told[-1:-1] = said
+        elif i == 0 and re.search(r"\bbefore (?:the |an? )?@", head):
+            later = said
         else:
-            events += names
-    if sentence.startswith("before ") and len(events) == 2:
-        events.reverse()
-    return events
+            told += said
+    told += later
+
+
+def _lead(word: str, text: str) -> str:
+    """When a clause says that its event happens; `word`: the conjunction before it."""
+    if "earlier" in text or _MEANWHILE.search(text):
+        return ""
+    return next((lead for lead, words in _LEADS.items() if words.search(f"{word} {text}")), "")
 
 
 def _read_event(
@@ -253,7 +337,7 @@ def _read_event(
         if not named:
             return [], ahead or behind
     elif ahead:
-        joined = re.search(r"@\d+@(?: and (?:the |an? )?@\d+@)+ (?:\w+ )?$", head)
+        joined = re.search(r"@\d+@(?:,? (?:and|or|nor) (?:the |an? )?@\d+@)+ (?:\w+ ){0,2}$", head)
         named = ahead if joined else ahead[-1:]
     elif behind and named is behind:
         named = behind[:1]
@@ -267,7 +351,7 @@ def _read_event(
         if kind != "move" and _GENERIC.search(piece) and not several_appear:
             facts.add(("negation" if _NOT.search(piece) else "exists", kind))
         return [], []
-    if _NOT.search(piece):
+    if _NOT.search(piece) or _NOT_QUITE.search(head):
         facts.update(("not", "event", actor, kind) for actor in named)
         return [], named
     goals = _DIRECTION_WORD.findall(tail) or (_DIRECTION_WORD.findall(head) if kind == "move" else [])
@@ -291,15 +375,22 @@ def _piece_around(sentence: str, verb: re.Match[str], begin: int, end: int) -> s
     return sentence[first : end if last < 0 else last]
 
 
-def _order(events: Iterable[str]) -> set[Fact]:
-    """What is told before what; an event that is told again begins the story anew."""
+def _order(events: Iterable[tuple[str, str]]) -> set[Fact]:
+    """What is told before what, and as the first or last (`("order", "first", event)`, `("order", event, "last")`).
+
+    An event that is told again begins the story anew, unless it is said to come next.
+    """
     facts: set[Fact] = set()
     telling: list[str] = []
-    for event in events:
-        if event in telling:
+    for event, lead in events:
+        if event in telling and (lead != "next" or event == telling[-1]):
             telling = []
-        facts |= {("order", earlier, event) for earlier in telling}
+        facts |= {("order", earlier, event) for earlier in telling if earlier != event}
         telling.append(event)
+        if lead == "first":
+            facts.add(("order", "first", event))
+        elif lead == "last":
+            facts.add(("order", event, "last"))
     return facts
 
 
@@ -321,7 +412,8 @@ class Score:
     @property
     def accuracy(self) -> float:
         """Required facts that are said over required ones and false ones together: 1 only for a faultless answer."""
-        return sum(self.right.values()) / (sum(self.required.values()) + sum(self.wrong.values()))
+        total = sum(self.required.values()) + sum(self.wrong.values())
+        return sum(self.right.values()) / total if total else 1.0
 
 
 def score_answer(scene: Scene, task: Task, text: str) -> Score:
@@ -334,7 +426,10 @@ def score_answer(scene: Scene, task: Task, text: str) -> Score:
         # To a question that can be answered so, a bare yes or no says it all.
         about = {fact[1] for fact in asked if fact[0] in ("exists", "negation")} if task.kind == "question" else set()
         said |= {("exists" if answered[1] == "yes" else "negation", shape) for shape in about}
-    said |= _order(e for e in reading.events if ("event", *e.split(":")) in true)
+    happened = {event_name(scene, event) for event in scene.events}
+    said |= _order(
+        (event, lead) for event, lead in zip(reading.events, reading.leads, strict=True) if event in happened
+    )
     letters = {fact for fact in asked if fact[0] == "choice"}
     if not letters:
         said = {fact for fact in said if fact[0] != "choice"}
@@ -361,6 +456,8 @@ def _sayable(scene: Scene) -> set[Fact]:
     """`scene_facts`, and what an answer may say of them in other words."""
     facts = set(scene_facts(scene))
     facts |= {("exists", obj.shape) for obj in scene.objects}
+    facts |= {("order", "first", event_name(scene, scene.events[0]))}
+    facts |= {("order", event_name(scene, scene.events[-1]), "last")}
     for event in scene.events:
         facts.add(("exists", event.kind))
         if event.kind == "change":  # from then on the object may go by its new colour
