@@ -38,7 +38,9 @@ def demo() -> None:
 
 @app.command()
 def bench(
-    json_path: Annotated[Path, typer.Option("--json", help="where results go; .md and .png are written beside it")],
+    json_path: Annotated[
+        Path, typer.Option("--json", help="where results go; .md, .png and .answers.jsonl are written beside it")
+    ],
     suite: Annotated[str, typer.Option(help="videofacts: generated scenes whose facts are known")] = "videofacts",
     dataset: Annotated[
         str | None, typer.Option(help="instead of a suite: a folder with videos and .jsonl files, or hf:NAME")
@@ -68,6 +70,7 @@ def bench(
     """Compare ways to decode on the same questions: accepted length, speed, and facts kept."""
     from vllm_lvspec.bench.command import BenchError, BenchOptions, parse_engine_arguments, run_bench
     from vllm_lvspec.bench.peers import DraftSettings
+    from vllm_lvspec.bench.run import JournalError
     from vllm_lvspec.bench.samples import DatasetError
     from vllm_lvspec.config import LVSpecConfigError
 
@@ -95,7 +98,7 @@ def bench(
             restart=restart,
         )
         run_bench(options, console)
-    except (BenchError, DatasetError, LVSpecConfigError) as error:
+    except (BenchError, DatasetError, JournalError, LVSpecConfigError) as error:
         console.print(str(error), style="red", highlight=False, markup=False)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from workload import LLAVA, QUESTIONS, QWEN, Family, token_ids, turn, video
 
 from vllm_lvspec.config import LVSpecConfigError
 from vllm_lvspec.reference import DRAFT, TARGET
-from vllm_lvspec.reference.upscale import LOAD_FORMAT, SHAPES, TextShape, upscaled
+from vllm_lvspec.reference.upscale import LOAD_FORMAT, TEXT_SHAPES, TextShape, upscaled
 
 # Heads of 128, twice the bundled target's, in groups of three instead of two.
 TWICE_THE_HEAD = TextShape(
@@ -100,7 +100,7 @@ def bundled_answers() -> list[RequestOutput]:
 def test_qwen_answers_as_before_in_a_larger_shape_and_is_drafted_for(bundled_answers):
     drafting = {"method": "lvspec", "model": str(DRAFT)}
     with engine(**upscaled(str(TARGET), "0.5b"), speculative_config=drafting, disable_log_stats=False) as llm:
-        assert llm.apply_model(multiplied_weights) == [weights_of(SHAPES["0.5b"])]
+        assert llm.apply_model(multiplied_weights) == [weights_of(TEXT_SHAPES["0.5b"])]
         assert_same_answers(describe(llm, QWEN), bundled_answers)
         (stats,) = llm.collective_rpc("lvspec_stats")
         assert stats["drafted_tokens"] > 100
@@ -113,7 +113,7 @@ def test_llava_answers_as_before_in_a_larger_shape(checkpoint: Callable[..., str
     with engine(model=path) as llm:
         want = describe(llm, LLAVA)
     with engine(**upscaled(path, "0.5b")) as llm:
-        assert llm.apply_model(multiplied_weights) == [weights_of(SHAPES["0.5b"])]
+        assert llm.apply_model(multiplied_weights) == [weights_of(TEXT_SHAPES["0.5b"])]
         assert_same_answers(describe(llm, LLAVA), want)
 
 

@@ -2,21 +2,25 @@
 
 import itertools
 import json
-from dataclasses import asdict
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import jsonschema
 import numpy as np
 import pytest
+import torch
+from rich.console import Console
 
-from vllm_lvspec.bench.command import BenchError, BenchOptions, parse_engine_arguments, run_bench
+from vllm_lvspec.bench.command import BenchError, BenchOptions, kv_cache_bytes, parse_engine_arguments, run_bench
 from vllm_lvspec.bench.peers import PEERS, DraftSettings
 from vllm_lvspec.bench.report import markdown, plot
 from vllm_lvspec.bench.results import Environment, Report, Settings, json_schema, summarise
-from vllm_lvspec.bench.run import Answer, Journal, PolicyRun, StepTimes
+from vllm_lvspec.bench.run import Answer, Journal, JournalError, PolicyRun, StepTimes
 from vllm_lvspec.bench.samples import DatasetError, dataset, videofacts
 from vllm_lvspec.bench.videofacts.scene import Scene, write_mp4
-from vllm_lvspec.config import LVSpecConfig
+from vllm_lvspec.config import MAX_SPECULATIVE_TOKENS, LVSpecConfig
+from vllm_lvspec.reference.upscale import TEXT_SHAPES
 
 ENVIRONMENT = Environment(date="2026-01-01", command="lvspec bench", versions={}, device="test", cores=2, resumed=False)
 
@@ -99,7 +103,7 @@ def test_intervals_are_over_videos_and_hold_the_figure():
 
 def test_without_truth_there_are_no_facts():
     samples = videofacts(3, 1, ["caption"])
-    blind = [type(s)(s.name, s.video_name, s.task, s.question, s.load_video) for s in samples]
+    blind = [replace(s, score=None) for s in samples]
     runs = {"ar": PolicyRun([answer("ar", s.name, 11, 10, 1.0) for s in blind], None)}
     result = summarise(runs, blind, settings_for(blind, ["ar"]), ENVIRONMENT).policies["ar"]
     assert result.fact_accuracy is result.order_accuracy is result.retention is None
@@ -167,12 +171,76 @@ def test_a_journal_goes_on_where_it_was(tmp_path):
     assert set(Journal(path, {"seed": 1}).answers["ar"]) == {"a", "b"}
 
 
-def test_a_journal_of_other_settings_is_not_taken_up(tmp_path):
+def test_answers_to_other_settings_are_neither_taken_up_nor_lost(tmp_path):
     path = tmp_path / "run.partial"
-    Journal(path, {"seed": 1}).add(asdict(answer("ar", "a", 3, 2, 1.0)))
-    other = Journal(path, {"seed": 2})
-    assert not other.resumed
-    assert not other.answers["ar"]
+    Journal(path, {"seed": 1, "dtype": "float32"}).add(asdict(answer("ar", "a", 3, 2, 1.0)))
+    with pytest.raises(JournalError, match=r"1 answers of a stopped run .*: seed=2, there 1\. .* restart"):
+        Journal(path, {"seed": 2, "dtype": "float32"})
+    assert Journal(path, {"seed": 1, "dtype": "float32"}).answers["ar"]
+
+
+def test_a_journal_without_answers_gives_way(tmp_path):
+    path = tmp_path / "run.partial"
+    Journal(path, {"seed": 1})
+    assert not Journal(path, {"seed": 2}).resumed
+    Journal(path, {"seed": 2}).add(asdict(answer("ar", "a", 3, 2, 1.0)))
+
+
+@pytest.fixture
+def stopped_run(folder, monkeypatch):
+    """A run over `folder` that was stopped after the first of two questions, and a way to repeat it; no engines."""
+    asked = []
+
+    def fake_ask(policies, samples, model, draft, batch_size, max_tokens, engine, journal, **progress):
+        known = journal.answers["ar"]
+        for sample in samples:
+            if sample.name not in known:
+                asked.append(sample.question)
+                journal.add(asdict(answer("ar", sample.name, 3, 2, 1.0, f"answer to {sample.question}")))
+                if len(asked) == 1:
+                    raise KeyboardInterrupt
+        return {"ar": PolicyRun([known[s.name] for s in samples], None)}
+
+    monkeypatch.setattr("vllm_lvspec.bench.command.run_policies", fake_ask)
+
+    def run(**changes):
+        options = {"json_path": folder / "out.json", "dataset": str(folder), "policies": ["ar"], "num_frames": 8}
+        return run_bench(BenchOptions(**{**options, **changes}), Console(quiet=True), ["lvspec"])
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    return folder, asked, run
+
+
+def test_a_stopped_run_goes_on_and_its_answers_are_kept_beside_the_figures(stopped_run):
+    folder, asked, run = stopped_run
+    assert run().environment.resumed
+    assert asked == ["What happens?", "Why?"]
+    lines = [json.loads(line) for line in (folder / "out.answers.jsonl").read_text().splitlines()]
+    assert [line["answers"] for line in lines] == [{"ar": "answer to What happens?"}, {"ar": "answer to Why?"}]
+    assert lines[0]["prompt"] == "What happens?" and lines[0]["video"] == "clips/a.mp4"
+    assert not (folder / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda folder: {"max_tokens": 7}, "max_tokens=7, there 256"),
+        (lambda folder: (folder / "prompts.jsonl").write_text(
+            (folder / "prompts.jsonl").read_text().replace("What", "Who")), "questions="),
+        (lambda folder: os.utime(folder / "clips" / "a.mp4", (1, 1)), "questions="),
+    ],
+)  # fmt: skip
+def test_a_stopped_run_of_other_questions_is_not_gone_on_with(stopped_run, change, named):
+    folder, asked, run = stopped_run
+    changes = change(folder)
+    changes = changes if isinstance(changes, dict) else {}
+    with pytest.raises(JournalError) as error:
+        run(**changes)
+    assert named in str(error.value)
+    assert asked == ["What happens?"]
+    assert len(run(**changes, restart=True).policies) == 1
+    assert len(asked) == 3
 
 
 # Inputs ---------------------------------------------------------------------------------------------------------------
@@ -218,12 +286,31 @@ def test_a_folder_of_videos_with_prompts_is_a_dataset(folder):
 def test_a_dataset_of_the_hub_is_such_a_folder(folder, monkeypatch):
     import huggingface_hub
 
-    asked = []
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda name, repo_type: asked.append((name, repo_type)) or str(folder)
-    )
-    assert len(dataset("hf:owner/name", None, 8)) == 2
-    assert asked == [("owner/name", "dataset")]
+    fetched = []
+    store = folder / "blobs"
+    (folder / "clips" / "a.mp4").rename(store)
+
+    def lists(name, repo_type, allow_patterns):
+        assert (name, repo_type, allow_patterns) == ("owner/name", "dataset", "*.jsonl")
+        return str(folder)
+
+    def file(name, path, repo_type):
+        fetched.append(path)
+        (folder / path).unlink(missing_ok=True)
+        (folder / path).symlink_to(store)  # as in the hub's cache
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lists)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", file)
+    (sample,) = dataset("hf:owner/name", 1, 8)
+    assert sample.load_video()[0].shape == (8, 112, 112, 3)
+    assert fetched == ["clips/a.mp4"]
+
+    def gone(name, path, repo_type):
+        raise FileNotFoundError("no such entry")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", gone)
+    with pytest.raises(DatasetError, match=r"prompts.jsonl:1: 'clips/a.mp4' of 'hf:owner/name' can't be had"):
+        dataset("hf:owner/name", 1, 8)
 
 
 @pytest.mark.parametrize(
@@ -255,8 +342,17 @@ def test_wrong_lines_are_named(folder, line, message):
         ({"policies": ["ar", "ar"]}, "policies='ar,ar'"),
         ({"batch_size": 0}, "batch_size=0: must be 1 or more"),
         ({"samples": 0}, "samples=0: must be 1 or more"),
+        ({"dtype": "floaty"}, "dtype='floaty': must be one of auto"),
+        ({"num_frames": 2000}, "num_frames=2000, max_tokens=256: 16512 tokens"),
+        ({"model": "/nowhere"}, "model='/nowhere': must be a model's folder or its name on the hub"),
+        ({"draft": DraftSettings(model="/nowhere")}, "draft='/nowhere': must be a model's folder"),
+        ({"model": "/nowhere", "shape": "7b"}, "model='/nowhere'"),
+        ({"tasks": ["caption", "caption"]}, "tasks='caption,caption': must be one or more of"),
+        ({"policies": ["ngram"], "draft": DraftSettings(num_speculative_tokens=0)}, "num_speculative_tokens=0: must"),
+        ({"engine_arguments": {"speculative_config": "lvspec"}}, "speculative_config='lvspec': leave it out; policies"),
+        ({"engine_arguments": {"hf_overrides": {}}, "shape": "7b"}, "hf_overrides={}: leave it out; shape says it"),
         ({"seed": 100}, "seed=100: must be from 0 to 99"),
-        ({"tasks": ["caption", "poem"]}, "tasks='poem': must be one or more of caption"),
+        ({"tasks": ["caption", "poem"]}, "tasks='caption,poem': must be one or more of caption"),
         ({"dataset": "nowhere"}, "dataset='nowhere': no such folder"),
         ({"draft": DraftSettings(pruning="some")}, "pruning="),
         ({"draft": DraftSettings(num_speculative_tokens=0)}, "num_speculative_tokens=0"),
@@ -265,12 +361,28 @@ def test_wrong_lines_are_named(folder, line, message):
     ],
 )
 def test_wrong_options_are_named(changes, message, tmp_path):
-    from rich.console import Console
-
     options = BenchOptions(**{"json_path": tmp_path / "out.json", **changes})
     with pytest.raises(ValueError, match=r"must|no such|leave it out") as error:
         run_bench(options, Console())
     assert message in str(error.value)
+
+
+def test_a_list_in_another_encoding_is_named(folder):
+    (folder / "prompts.jsonl").write_bytes('{"video": "clips/a.mp4", "prompt": "où"}'.encode("latin-1"))
+    with pytest.raises(DatasetError, match=r"prompts.jsonl: byte 37 is not UTF-8"):
+        dataset(str(folder), None, 8)
+
+
+@pytest.mark.parametrize("shape", TEXT_SHAPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_cache_holds_all_requests_of_every_shape(shape, dtype):
+    """vLLM refuses to start where one request of full length has no room; with less, requests wait for each other."""
+    large = TEXT_SHAPES[shape]
+    block, most, batch_size = 128, 2048, 4
+    per_block = block * 2 * large.num_hidden_layers * large.num_key_value_heads * large.head_dim
+    per_block *= torch.finfo(getattr(torch, dtype)).bits // 8
+    blocks = kv_cache_bytes(large, dtype, most, batch_size) // per_block
+    assert blocks >= 1 + batch_size * -(-(most + MAX_SPECULATIVE_TOKENS + 1) // block)
 
 
 def test_engine_arguments_are_an_object():

@@ -15,7 +15,15 @@ from transformers import (
 )
 
 from vllm_lvspec.config import LVSpecConfigError
-from vllm_lvspec.reference.upscale import SHAPES, TextShape, check_served, hf_overrides, text_shape, upscale, upscaled
+from vllm_lvspec.reference.upscale import (
+    TEXT_SHAPES,
+    TextShape,
+    check_served,
+    hf_overrides,
+    text_shape,
+    upscale,
+    upscaled,
+)
 
 SMALL = TextShape(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24
@@ -195,7 +203,7 @@ def test_bfloat16_weights_are_scaled_in_float32():
 
 
 def test_the_shapes_are_those_of_the_published_models():
-    assert {name: shape.head_dim for name, shape in SHAPES.items()} == {
+    assert {name: shape.head_dim for name, shape in TEXT_SHAPES.items()} == {
         "0.5b": 64, "3b": 128, "7b": 128, "32b": 128, "72b": 128,
     }  # fmt: skip
     billions = {
@@ -204,7 +212,7 @@ def test_the_shapes_are_those_of_the_published_models():
         * s.hidden_size
         * (2 * s.hidden_size + 2 * s.num_key_value_heads * s.head_dim + 3 * s.intermediate_size)
         / 1e9
-        for name, s in SHAPES.items()
+        for name, s in TEXT_SHAPES.items()
     }
     assert billions == pytest.approx({"0.5b": 0.358, "3b": 2.77, "7b": 6.53, "32b": 31.2, "72b": 70.2}, rel=0.01)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -17,17 +18,23 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers import AutoConfig, PretrainedConfig
 
 from vllm_lvspec.bench.peers import PEERS, DraftSettings
 from vllm_lvspec.bench.report import markdown, plot
 from vllm_lvspec.bench.results import Environment, Report, Settings, summarise
-from vllm_lvspec.bench.run import Journal, run_policies
+from vllm_lvspec.bench.run import Journal, PolicyRun, run_policies
 from vllm_lvspec.bench.samples import Sample, dataset, videofacts
 from vllm_lvspec.bench.videofacts.tasks import TASKS
-from vllm_lvspec.config import METHOD, LVSpecConfig
+from vllm_lvspec.config import MAX_SPECULATIVE_TOKENS, METHOD, LVSpecConfig
 from vllm_lvspec.reference import PAIRS
+from vllm_lvspec.reference.upscale import TEXT_SHAPES, TextShape, text_shape, upscaled
 
 VIDEOFACTS = "videofacts"
+_DTYPES = (None, "auto", "float32", "float", "bfloat16", "float16", "half")
+_PROMPT_TOKENS = 256  # more than any question of a suite has
+_MOST_TOKENS = 4096  # of a bundled pair: vLLM's room for one video's embeddings is larger
+_LARGEST_BLOCK = 256
 
 
 class BenchError(ValueError):
@@ -68,19 +75,10 @@ def run_bench(options: BenchOptions, console: Console, command: Sequence[str] = 
     draft = options.draft
     if is_reference and draft.model is None:
         draft = DraftSettings(**{**vars(draft), "model": str(pair.draft)})
+    _check_models(model, draft.model)
     num_frames = options.num_frames or (pair.num_frames if is_reference else 32)
     samples = _samples(options, num_frames)
-    # Rounding differs between a step of one row and one of several; in float32 hardly ever enough to change a token.
-    dtype = options.dtype or ("float32" if is_reference else "auto")
-    engine: dict[str, Any] = {"dtype": dtype}
-    if is_reference:
-        engine |= {"max_model_len": 2048, "kv_cache_memory_bytes": 2**29}
-    if options.shape is not None:
-        from vllm_lvspec.reference.upscale import upscaled
-
-        arguments = upscaled(model, options.shape)
-        engine |= {key: value for key, value in arguments.items() if key != "model"}
-    engine |= options.engine_arguments
+    engine = _engine_arguments(model, num_frames, options)
     settings = Settings(
         suite=options.dataset or options.suite,
         samples=len(samples),
@@ -106,7 +104,13 @@ def run_bench(options: BenchOptions, console: Console, command: Sequence[str] = 
         partial.unlink(missing_ok=True)
     environment = _environment(command)
     # Policies are apart in the journal, so that one can be added to a run that was stopped.
-    compared = {**settings.model_dump(exclude={"policies"}), "versions": environment.versions, "weights": _dates(model)}
+    questions = repr([(s.name, s.question, s.version) for s in samples])
+    compared = {
+        **settings.model_dump(mode="json", exclude={"policies"}),
+        "versions": environment.versions,
+        "weights": _dates(model) + (_dates(draft.model) if draft.model else []),
+        "questions": hashlib.sha256(questions.encode()).hexdigest()[:16],
+    }
     journal = Journal(partial, compared)
     environment.resumed = journal.resumed
     with _progress(console) as progress:
@@ -127,10 +131,54 @@ def run_bench(options: BenchOptions, console: Console, command: Sequence[str] = 
     options.json_path.write_text(report.model_dump_json(indent=1) + "\n")
     options.json_path.with_suffix(".md").write_text(markdown(report))
     plot(report, options.json_path.with_suffix(".png"))
+    _write_answers(options.json_path.with_suffix(".answers.jsonl"), samples, runs)
     partial.unlink()
     console.print(_table(report))
-    console.print(f"written: {', '.join(str(options.json_path.with_suffix(s)) for s in ('.json', '.md', '.png'))}")
+    written = (options.json_path.with_suffix(suffix) for suffix in (".json", ".md", ".png", ".answers.jsonl"))
+    console.print(f"written: {', '.join(map(str, written))}")
     return report
+
+
+def _engine_arguments(model: str, num_frames: int, options: BenchOptions) -> dict[str, Any]:
+    """Arguments of vLLM's engine that all policies share."""
+    is_reference = options.model is None
+    # Rounding differs between a step of one row and one of several; in float32 hardly ever enough to change a token.
+    engine: dict[str, Any] = {"dtype": options.dtype or ("float32" if is_reference else "auto")}
+    if options.shape is not None:
+        arguments = upscaled(model, options.shape)
+        engine |= {key: value for key, value in arguments.items() if key != "model"}
+    engine |= options.engine_arguments
+    if is_reference:
+        from vllm_lvspec.reference.families import FAMILIES
+
+        config = AutoConfig.from_pretrained(model)
+        longest = FAMILIES[options.family].num_visual_tokens(num_frames) + _PROMPT_TOKENS + options.max_tokens
+        if longest > _MOST_TOKENS:
+            raise BenchError(
+                f"num_frames={num_frames}, max_tokens={options.max_tokens}: {longest} tokens with the question; "
+                f"must be at most {_MOST_TOKENS}"
+            )
+        shape = TEXT_SHAPES[options.shape] if options.shape else text_shape(config)
+        engine = {"max_model_len": max(longest, 2048)} | engine
+        size = kv_cache_bytes(shape, engine["dtype"], engine["max_model_len"], options.batch_size)
+        engine = {"kv_cache_memory_bytes": size} | engine
+    return engine
+
+
+def kv_cache_bytes(shape: TextShape, dtype: str, max_model_len: int, batch_size: int) -> int:
+    """What `batch_size` requests of `max_model_len` tokens and their drafts need, in blocks of up to 256 tokens."""
+    tokens = batch_size * (max_model_len + 2 * _LARGEST_BLOCK) + 2 * _LARGEST_BLOCK
+    per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    return tokens * per_token * (4 if dtype in ("float32", "float") else 2)
+
+
+def _write_answers(path: Path, samples: Sequence[Sample], runs: dict[str, PolicyRun]) -> None:
+    """One line a question: what every policy said."""
+    with path.open("w") as file:
+        for i, sample in enumerate(samples):
+            said = {policy: run.answers[i].text for policy, run in runs.items()}
+            asked = {"name": sample.name, "video": sample.video_name, "task": sample.task, "prompt": sample.question}
+            file.write(json.dumps({**asked, "answers": said}, ensure_ascii=False) + "\n")
 
 
 def _check(options: BenchOptions) -> None:
@@ -142,19 +190,39 @@ def _check(options: BenchOptions) -> None:
         raise BenchError(f"family={options.family!r}: must be one of {', '.join(PAIRS)}")
     if not options.policies or len(set(options.policies)) < len(options.policies):
         raise BenchError(f"policies={','.join(options.policies)!r}: must name one or more, each once")
+    if not 1 <= options.draft.num_speculative_tokens <= MAX_SPECULATIVE_TOKENS:
+        value = options.draft.num_speculative_tokens
+        raise BenchError(f"num_speculative_tokens={value}: must be from 1 to {MAX_SPECULATIVE_TOKENS}")
+    if options.dtype not in _DTYPES:
+        raise BenchError(f"dtype={options.dtype!r}: must be one of {', '.join(d for d in _DTYPES if d)}")
     for policy in options.policies:
         if policy not in PEERS:
             raise BenchError(f"policies={policy!r}: must be of {', '.join(PEERS)}")
         config = PEERS[policy](options.draft)
         if config is not None and config["method"] == METHOD:
             LVSpecConfig.parse(config)
-    if "max_num_seqs" in options.engine_arguments:
-        value = options.engine_arguments["max_num_seqs"]
-        raise BenchError(f"engine: max_num_seqs={value!r}: leave it out; batch_size says it")
+    said_by = {"model": "model", "dtype": "dtype", "max_num_seqs": "batch_size", "speculative_config": "policies"}
+    if options.shape is not None:
+        said_by |= {"hf_overrides": "shape", "load_format": "shape"}
+    for key, option in said_by.items():
+        if key in options.engine_arguments:
+            raise BenchError(f"engine: {key}={options.engine_arguments[key]!r}: leave it out; {option} says it")
     for key in ("batch_size", "max_tokens", "num_frames", "samples"):
         value = getattr(options, key)
         if value is not None and value < 1:
             raise BenchError(f"{key}={value}: must be 1 or more")
+
+
+def _check_models(model: str, draft: str | None) -> None:
+    """Raises BenchError where target or drafter can't be found."""
+    for key, name in (("model", model), ("draft", draft)):
+        try:
+            # The file alone: vLLM knows models that transformers does not.
+            if name is not None and not PretrainedConfig.get_config_dict(name)[0]:
+                raise OSError("no config.json in it")
+        except (OSError, ValueError) as error:
+            why = str(error).splitlines()[0]
+            raise BenchError(f"{key}={name!r}: must be a model's folder or its name on the hub: {why}") from None
 
 
 def _samples(options: BenchOptions, num_frames: int) -> list[Sample]:

@@ -84,7 +84,8 @@ class PolicyResult(Figures):
     throughput: float = Field(description="output_tokens over wall_seconds")
     reasons: dict[str, int] = Field(
         description="how many tokens were emitted for which reason: exact (drafted, and the target's choice), target "
-        "(the target's own, first tokens included)"
+        "(the target's own, first tokens included); worked out from steps, so that an answer's last token may count as "
+        "target where it was drafted"
     )
     facts: dict[str, FactFigures] = Field(description="by kind of fact; empty without truth")
     tasks: dict[str, Figures] = Field(description="the same figures by task")
@@ -275,7 +276,7 @@ def summarise(
 
 
 def _reasons(exact: int, figures: Figures) -> dict[str, int]:
-    """A chain that ends with the answer has no token of the target's own after it, so `exact` may fall short by it."""
+    """Each step but an answer's last emits one token of the target's own; the last one's may have been cut off."""
     return {"exact": max(exact, 0), "target": figures.output_tokens - max(exact, 0)}
 
 

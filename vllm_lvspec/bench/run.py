@@ -57,27 +57,37 @@ class PolicyRun:
         return sum(answer.wall_seconds for answer in self.answers)
 
 
+class JournalError(ValueError):
+    """Answers of a stopped run that was another one."""
+
+
 class Journal:
     """Answers and times in a file, one a line; its first line says for which settings.
 
-    `times`: those of the part that was run to its end, where a run was stopped in between.
+    `times`: those of the part that was run to its end, where a run was stopped in between. Raises JournalError, which
+    names the settings that differ, where the file holds answers to other ones.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path = path
         self.answers: dict[str, dict[str, Answer]] = defaultdict(dict)
         self.times: dict[str, dict[str, float]] = {}
-        header = json.dumps(settings, sort_keys=True)
         lines = path.read_text().splitlines() if path.exists() else []
-        kept = [header]
-        if lines and lines[0] == header:
-            for line in lines[1:]:
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # the last line of a run that was killed
-                self._take(entry)
-                kept.append(line)
+        if len(lines) > 1 and (before := json.loads(lines[0])) != settings:
+            keys = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
+            differing = "; ".join(f"{key}={settings.get(key)!r}, there {before.get(key)!r}" for key in keys)
+            raise JournalError(
+                f"{path}: {len(lines) - 1} answers of a stopped run with other settings: {differing}. Repeat that run, "
+                "choose another json, or throw them away with restart"
+            )
+        kept = [json.dumps(settings)]
+        for line in lines[1:]:
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the last line of a run that was killed
+            self._take(entry)
+            kept.append(line)
         self.resumed = len(kept) > 1
         path.write_text("\n".join(kept) + "\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,10 +27,14 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one video. `score` is None where no truth is known."""
+    """One question about one video. `score` is None where no truth is known.
+
+    `version`: a text that is another one when the video's content is.
+    """
 
     name: str
     video_name: str
+    version: str
     task: str
     question: str
     load_video: Callable[[], Video]
@@ -42,9 +47,8 @@ def videofacts(num_videos: int, seed: int, tasks: Sequence[str] = TASKS, num_fra
         raise DatasetError(f"seed={seed}: must be from 0 to {NUM_SUITES - 1}")
     if not 1 <= num_videos <= SEEDS_PER_SUITE:
         raise DatasetError(f"samples={num_videos}: must be from 1 to {SEEDS_PER_SUITE}")
-    for kind in tasks:
-        if kind not in TASKS:
-            raise DatasetError(f"tasks={kind!r}: must be one or more of {', '.join(TASKS)}")
+    if not tasks or set(tasks) - set(TASKS) or len(set(tasks)) < len(tasks):
+        raise DatasetError(f"tasks={','.join(tasks)!r}: must be one or more of {', '.join(TASKS)}, each once")
     samples = []
     for index in range(seed * SEEDS_PER_SUITE, seed * SEEDS_PER_SUITE + num_videos):
         scene = Scene.from_seed(index)
@@ -54,6 +58,7 @@ def videofacts(num_videos: int, seed: int, tasks: Sequence[str] = TASKS, num_fra
                 Sample(
                     name=f"{index}-{kind}",
                     video_name=str(index),
+                    version=repr(scene),
                     task=kind,
                     question=task.prompt,
                     load_video=partial(_rendered, scene, num_frames),
@@ -72,10 +77,12 @@ def dataset(
 ) -> list[Sample]:
     """Samples of a folder, or of `hf:NAME`, a dataset repository of the hub that holds such a folder.
 
-    The folder has one or more `.jsonl` files; each line names a video file, relative to the folder, and a prompt.
-    Raises DatasetError, which names file, line and key, where that is not so.
+    The folder has one or more `.jsonl` files; each line names a video file, relative to the folder, and a prompt. Of a
+    repository only the lists and the videos that are asked about are downloaded. Raises DatasetError, which names file,
+    line and key, where that is not so.
     """
-    folder = _download(name.removeprefix("hf:")) if name.startswith("hf:") else Path(name)
+    repository = name.removeprefix("hf:") if name.startswith("hf:") else None
+    folder = Path(name) if repository is None else _download_lists(repository)
     if not folder.is_dir():
         raise DatasetError(f"dataset={name!r}: no such folder; give a folder, or hf:NAME for one of the hub")
     lists = sorted(folder.rglob("*.jsonl"))
@@ -92,12 +99,19 @@ def dataset(
                     raise DatasetError(
                         f"{where}: {key}={entry.get(key)!r}: must be text; its keys are {', '.join(entry)}"
                     )
-            video = (folder / entry[video_key]).resolve()
-            if not video.is_relative_to(folder.resolve()) or not video.is_file():
+            # A hub's files are links out of their folder: what must stay inside is what is asked for.
+            video = Path(os.path.normpath(folder / entry[video_key]))
+            inside = video.is_relative_to(os.path.normpath(folder))
+            if inside and repository is not None:
+                _download(repository, str(video.relative_to(folder)), where)
+            elif inside:
+                inside = video.resolve().is_relative_to(folder.resolve())
+            if not inside or not video.is_file():
                 raise DatasetError(f"{where}: {video_key}={entry[video_key]!r}: no such file in the dataset's folder")
             task = str(entry.get("task", "prompt"))
             load = partial(_decoded, video, num_frames)
-            samples.append(Sample(where, entry[video_key], task, entry[prompt_key], load))
+            version = f"{video.stat().st_size} bytes, {video.stat().st_mtime_ns}"
+            samples.append(Sample(where, entry[video_key], version, task, entry[prompt_key], load))
             if num_samples is not None and len(samples) == num_samples:
                 return samples
     if not samples:
@@ -106,7 +120,11 @@ def dataset(
 
 
 def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path.name}: byte {error.start} is not UTF-8; must be text") from None
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -118,14 +136,22 @@ def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, entry
 
 
-def _download(name: str) -> Path:
+def _download_lists(repository: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, repo_type="dataset"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise DatasetError(f"dataset='hf:{name}': can't be had from the hub: {error}") from None
+        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns="*.jsonl"))
+    except (OSError, ValueError) as error:  # what the hub raises is one of these
+        raise DatasetError(f"dataset='hf:{repository}': can't be had from the hub: {error}") from None
+
+
+def _download(repository: str, file: str, where: str) -> None:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(repository, file, repo_type="dataset")
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{where}: {file!r} of 'hf:{repository}' can't be had from the hub: {error}") from None
 
 
 def _decoded(path: Path, num_frames: int) -> Video:

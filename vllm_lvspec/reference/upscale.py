@@ -63,7 +63,7 @@ class TextShape:
         return self.num_attention_heads // self.num_key_value_heads
 
 
-SHAPES = {
+TEXT_SHAPES = {
     "0.5b": TextShape(896, 24, 14, 2, 4864),
     "3b": TextShape(2048, 36, 16, 2, 11008),
     "7b": TextShape(3584, 28, 28, 4, 18944),
@@ -72,7 +72,7 @@ SHAPES = {
 }
 
 # Per family: the type of its text model, and the key of its configuration that repeats the text model's width.
-FAMILIES = {"qwen2_5_vl": ("qwen2_5_vl_text", "out_hidden_size"), "llava_onevision": ("qwen2", None)}
+TEXT_MODELS = {"qwen2_5_vl": ("qwen2_5_vl_text", "out_hidden_size"), "llava_onevision": ("qwen2", None)}
 
 # What the axes of every weight that reads or writes the text model's widths stand for, by the end of its name.
 HIDDEN, INTERMEDIATE, QUERY, KEY, OTHER = "hidden", "intermediate", "query", "key", "other"
@@ -106,7 +106,7 @@ LAYER_NAME = re.compile(r"^(.*\blayers\.)(\d+)\.(.+)$")
 
 
 def upscaled(model: str, shape: str | TextShape, revision: str | None = None) -> dict[str, Any]:
-    """Arguments of vLLM's engine that serve the checkpoint `model` in `shape` (a key of `SHAPES`, or a shape).
+    """Arguments of vLLM's engine that serve the checkpoint `model` in `shape` (a key of `TEXT_SHAPES`, or a shape).
 
     `LLM(**upscaled(path, "7b"), speculative_config="lvspec")`; on the command line
     `vllm serve PATH --load-format lvspec_upscale --hf-overrides JSON`, with `hf_overrides` of this as JSON. Only the
@@ -116,8 +116,8 @@ def upscaled(model: str, shape: str | TextShape, revision: str | None = None) ->
     Raises LVSpecConfigError, which names key, value and what would be right, where `model` does not fit into `shape`.
     """
     if isinstance(shape, str):
-        _require(shape in SHAPES, f"shape={shape!r}: must be one of {', '.join(SHAPES)}")
-        shape = SHAPES[shape]
+        _require(shape in TEXT_SHAPES, f"shape={shape!r}: must be one of {', '.join(TEXT_SHAPES)}")
+        shape = TEXT_SHAPES[shape]
     config = AutoConfig.from_pretrained(model, revision=revision)
     arguments = {"model": model, "load_format": LOAD_FORMAT, "hf_overrides": hf_overrides(config, shape)}
     return arguments if revision is None else {**arguments, "revision": revision}
@@ -153,7 +153,7 @@ def hf_overrides(config: PretrainedConfig, shape: TextShape) -> dict[str, dict[s
         ratio = shape.head_dim // small.head_dim
         changed["rope_parameters"] = {"mrope_section": [ratio * section for section in sections]}
     overrides = {"text_config": changed}
-    if width_key := FAMILIES[config.model_type][1]:
+    if width_key := TEXT_MODELS[config.model_type][1]:
         overrides["vision_config"] = {width_key: shape.hidden_size}
     return overrides
 
@@ -249,9 +249,9 @@ def _axes_of(name: str) -> tuple[str, tuple[str, ...] | None]:
 def _check_fits(config: PretrainedConfig, shape: TextShape) -> TextShape:
     """The small model's shape. Raises LVSpecConfigError where it can't be upscaled to `shape`."""
     model_type = config.model_type
-    _require(model_type in FAMILIES, f"model_type={model_type!r}: must be one of {', '.join(FAMILIES)}")
+    _require(model_type in TEXT_MODELS, f"model_type={model_type!r}: must be one of {', '.join(TEXT_MODELS)}")
     text = config.text_config
-    right = FAMILIES[model_type][0]
+    right = TEXT_MODELS[model_type][0]
     _require(text.model_type == right, f"text_config.model_type={text.model_type!r}: must be {right!r}")
     quantized = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
     _require(not quantized, "quantization_config: a quantized checkpoint can't be upscaled; must not be set")

@@ -2,7 +2,7 @@
 
 Four tasks, after the data of LVSpec (arXiv 2604.05650): a long detailed caption, a description of the whole video, an
 open question with a medium answer, and multiple choice with a short one. 15-20 % of a caption's words carry facts, as
-the paper measures; the other tasks are denser, up to 35 %.
+the paper measures; the other tasks are denser, 35 % on average at most.
 """
 
 from __future__ import annotations
