@@ -11,7 +11,7 @@ from vllm_lvspec.bench.samples import videofacts
 from vllm_lvspec.bench.videofacts.score import totals
 from vllm_lvspec.reference import PAIRS
 from vllm_lvspec.reference.families import FAMILIES
-from vllm_lvspec.reference.tokenizer import build_tokenizer
+from vllm_lvspec.reference.tokenizer import ASSISTANT_TURN, USER_TURN, build_tokenizer
 
 NUM_VIDEOS = 8
 SEED = 70  # of the suite; the figures in the card are of others
@@ -35,8 +35,8 @@ class Pair:
         self.answers = self.llm.generate([self.prompt(s) for s in self.samples], params, use_tqdm=False)
 
     def prompt(self, sample) -> dict:
-        head = f"<|im_start|>user\n{self.family.BEFORE_VISUAL}<|video_pad|>{self.family.AFTER_VISUAL}"
-        text = f"{head}{sample.question}<|im_end|>\n<|im_start|>assistant\n"
+        video = f"{self.family.BEFORE_VISUAL}<|video_pad|>{self.family.AFTER_VISUAL}"
+        text = USER_TURN + video + sample.question + ASSISTANT_TURN
         return {"prompt": text, "multi_modal_data": {"video": [sample.load_video()]}}
 
 
@@ -66,7 +66,7 @@ def test_checkpoints_have_the_tokenizer_that_is_built_today(name):
 def test_every_drafted_answer_is_what_transformers_would_say(pair):
     family = pair.family
     model = AutoModelForImageTextToText.from_pretrained(pair.pair.target, dtype=torch.float32).eval()
-    head = AutoTokenizer.from_pretrained(pair.pair.target)("<|im_start|>user\n" + family.BEFORE_VISUAL).input_ids
+    head = AutoTokenizer.from_pretrained(pair.pair.target)(USER_TURN + family.BEFORE_VISUAL).input_ids
     num_visual = family.num_visual_tokens(pair.pair.num_frames)
     for sample, answer in list(zip(pair.samples, pair.answers, strict=True))[:6]:
         ids = torch.tensor([*answer.prompt_token_ids, *answer.outputs[0].token_ids])

@@ -1,16 +1,18 @@
 """The reference pairs' inputs: tokenizer, pixels, positions, and what training teaches."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import typer
 
 from vllm_lvspec.bench.videofacts.scene import NUM_FRAMES, SIDE, Scene
 from vllm_lvspec.bench.videofacts.tasks import TASKS, make_task
-from vllm_lvspec.reference import PAIRS, llava_onevision, qwen2_5_vl
+from vllm_lvspec.reference import PAIRS, llava_onevision, qwen2_5_vl, train
 from vllm_lvspec.reference.families import FAMILIES
-from vllm_lvspec.reference.tokenizer import build_tokenizer
+from vllm_lvspec.reference.tokenizer import ASSISTANT_TURN, USER_TURN, build_tokenizer
 from vllm_lvspec.reference.train import FACT_WEIGHT, SQUARE, STATES, Batch, LetterBatch, Probe, letter_loss, losses
 
 
@@ -201,3 +203,74 @@ def test_batched_vision_attention_gives_what_transformers_gives(tokenizer):
         qwen2_5_vl.prepare_for_training(model)
         fast = qwen2_5_vl.encode_visual(model, pixels, 6, 2)
     assert torch.allclose(slow, fast, atol=1e-5)
+
+
+def test_vision_towers_get_their_grids_where_the_pixels_are(tokenizer):
+    model = qwen2_5_vl.build_model(qwen2_5_vl.SHAPES["draft"], tokenizer)
+    asked = []
+
+    def visual(pixels, grid_thw):
+        asked.append(grid_thw.device.type)
+        return SimpleNamespace(pooler_output=pixels.new_zeros(2 * 192, 4))
+
+    model.model.visual.forward = visual
+    qwen2_5_vl.encode_visual(model, torch.zeros(2 * 768, 1176, device="meta"), 24, 2)
+    assert asked == ["meta"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_trained_on_is_what_the_chat_template_writes(name, tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    family = FAMILIES[name]
+    family.save_checkpoint(family.build_model(family.SHAPES["draft"], tokenizer), build_tokenizer(), str(tmp_path))
+    content = [{"type": "video"}, {"type": "text", "text": "What?"}]
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    assert theirs == f"{USER_TURN}{family.BEFORE_VISUAL}<|video_pad|>{family.AFTER_VISUAL}What?{ASSISTANT_TURN}"
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Train a drafter for three steps of one video each in a folder; its weights and its log."""
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr(train, "CHECKPOINT_STEPS", 2)
+
+    def run(folder: str, stop_after: int | None = None, **changes):
+        done = 0
+
+        def advance(progress, bar):
+            nonlocal done
+            done += 1
+            if done == stop_after:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Progress, "advance", advance)
+            options = {"steps": 3, "batch_size": 1, "start": None, **changes}
+            train.main("llava_onevision", "draft", tmp_path / folder, **options)
+        weights = load_file(tmp_path / folder / "model.safetensors")
+        return weights, json.loads((tmp_path / folder / "training_log.json").read_text())
+
+    return run
+
+
+def test_a_stopped_training_goes_on_exactly_where_it_was(trained):
+    whole, log = trained("whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained("stopped", stop_after=3)  # after the state of step 2 was written
+    again, again_log = trained("stopped")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert again_log["log"] == log["log"]
+    assert len(log["runs"]) == len(again_log["runs"]) == 1
+
+
+def test_a_training_goes_on_with_its_own_data_only_and_notes_other_plans(trained, tmp_path):
+    trained("run", steps=2)
+    for key, value in {"batch_size": 2, "seed": 1}.items():
+        with pytest.raises(typer.BadParameter, match=f"{key}={value}: the run in .* has"):
+            trained("run", **{key: value})
+    _, log = trained("run", steps=3, learning_rate=1e-3)
+    assert [(r["from_step"], r["steps"], r["learning_rate"]) for r in log["runs"]] == [(0, 2, 2e-3), (2, 3, 1e-3)]

@@ -157,7 +157,8 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
         return above / below
 
 
-def _figures(answers: Sequence[Answer], samples: Sequence[Sample], baseline: Sequence[Answer] | None) -> Figures:
+def figures(answers: Sequence[Answer], samples: Sequence[Sample], baseline: Sequence[Answer] | None) -> Figures:
+    """Figures of `answers` to `samples`, compared with those of `baseline`; all three in the same order."""
     scores = [s.score(a.text) if s.score else None for a, s in zip(answers, samples, strict=True)]
     own = _Sums(answers, samples, scores)
     base = None
@@ -210,7 +211,8 @@ def _figures(answers: Sequence[Answer], samples: Sequence[Sample], baseline: Seq
     )
 
 
-def _facts(answers: Sequence[Answer], samples: Sequence[Sample]) -> dict[str, FactFigures]:
+def fact_figures(answers: Sequence[Answer], samples: Sequence[Sample]) -> dict[str, FactFigures]:
+    """Figures of the facts in `answers`, by kind."""
     scores = [s.score(a.text) for a, s in zip(answers, samples, strict=True) if s.score]
     return {
         kind: FactFigures(
@@ -250,34 +252,34 @@ def summarise(
 ) -> Report:
     """All figures of a run; `runs[policy].answers` stand in the order of `samples`."""
     baseline = runs[BASELINE].answers if BASELINE in runs else None
-    base_figures = None if baseline is None else _figures(baseline, samples, baseline)
+    base = None if baseline is None else figures(baseline, samples, baseline)
     policies = {}
     for name, run in runs.items():
-        figures = _figures(run.answers, samples, baseline)
+        own = figures(run.answers, samples, baseline)
         tasks = {}
         for task in dict.fromkeys(s.task for s in samples):
             rows = [i for i, s in enumerate(samples) if s.task == task]
             part = None if baseline is None else [baseline[i] for i in rows]
-            tasks[task] = _figures([run.answers[i] for i in rows], [samples[i] for i in rows], part)
-        exact = figures.output_tokens - figures.answers - figures.target_steps
+            tasks[task] = figures([run.answers[i] for i in rows], [samples[i] for i in rows], part)
         bound = None
-        if base_figures is not None and settings.batch_size == 1:
-            bound = _bound(run, figures, base_figures, settings.num_speculative_tokens)
+        if base is not None and settings.batch_size == 1:
+            bound = _bound(run, own, base, settings.num_speculative_tokens)
         policies[name] = PolicyResult(
-            **figures.model_dump(),
+            **own.model_dump(),
             wall_seconds=run.wall_seconds,
-            throughput=figures.output_tokens / run.wall_seconds if run.wall_seconds else 0.0,
-            reasons=_reasons(exact, figures),
-            facts=_facts(run.answers, samples),
+            throughput=own.output_tokens / run.wall_seconds if run.wall_seconds else 0.0,
+            reasons=_reasons(own),
+            facts=fact_figures(run.answers, samples),
             tasks=tasks,
             bound=bound,
         )
     return Report(environment=environment, settings=settings, policies=policies)
 
 
-def _reasons(exact: int, figures: Figures) -> dict[str, int]:
-    """Each step but an answer's last emits one token of the target's own; the last one's may have been cut off."""
-    return {"exact": max(exact, 0), "target": figures.output_tokens - max(exact, 0)}
+def _reasons(figures: Figures) -> dict[str, int]:
+    """Each step emits one token of the target's own, apart from an answer's last step, where it may be cut off."""
+    exact = max(figures.output_tokens - figures.answers - figures.target_steps, 0)
+    return {"exact": exact, "target": figures.output_tokens - exact}
 
 
 def json_schema() -> dict[str, Any]:

@@ -19,12 +19,14 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast
 
+from vllm_lvspec.bench.results import fact_figures, figures
+from vllm_lvspec.bench.run import Answer
 from vllm_lvspec.bench.samples import videofacts
 from vllm_lvspec.bench.videofacts.scene import SIDE
-from vllm_lvspec.bench.videofacts.score import totals
 from vllm_lvspec.draft.pruning import STRATEGIES, VisualGrid
 from vllm_lvspec.reference import PAIRS
 from vllm_lvspec.reference.families import FAMILIES, Family
+from vllm_lvspec.reference.tokenizer import ASSISTANT_TURN, USER_TURN
 from vllm_lvspec.reference.train import SQUARE
 
 
@@ -35,17 +37,16 @@ def answer(
     tokenizer: PreTrainedTokenizerFast,
     frames: np.ndarray,
     question: str,
-    kept: torch.Tensor | None,
+    kept: torch.Tensor,
     max_tokens: int = 256,
-) -> str:
-    """Greedy answer to `question` about `frames [num_frames, height, width, 3]`.
+) -> list[int]:
+    """Tokens of the greedy answer to `question` about `frames [num_frames, height, width, 3]`.
 
-    `kept`: sorted indices `[num_kept]` of the visual tokens that the model sees, at their own positions; None: all.
+    `kept`: sorted indices `[num_kept]` of the visual tokens that the model sees, at their own positions.
     """
-    head = tokenizer("<|im_start|>user\n" + family.BEFORE_VISUAL).input_ids
-    tail = tokenizer(f"{family.AFTER_VISUAL}{question}<|im_end|>\n<|im_start|>assistant\n").input_ids
+    head = tokenizer(USER_TURN + family.BEFORE_VISUAL).input_ids
+    tail = tokenizer(family.AFTER_VISUAL + question + ASSISTANT_TURN).input_ids
     num_visual = family.num_visual_tokens(len(frames))
-    kept = torch.arange(num_visual) if kept is None else kept
     visual = family.encode_visual(model, family.pixel_values([frames]), len(frames), 1)[:, kept]
     embed = model.get_input_embeddings()
     embeds = torch.cat([embed(torch.tensor([head])), visual, embed(torch.tensor([tail]))], dim=1)
@@ -63,7 +64,7 @@ def answer(
             break
         tokens.append(token)
         embeds, columns = embed(torch.tensor([[token]])), torch.tensor([after + len(tail) + step])
-    return tokenizer.decode(tokens)
+    return tokens
 
 
 def main(
@@ -72,37 +73,38 @@ def main(
     checkpoint: Annotated[Path | None, typer.Option(help="another one than the bundled")] = None,
     samples: int = 60,
     seed: int = 1,
-    pruning: str = "uniform",
-    pruning_ratio: float = 0.0,
+    pruning: Annotated[str, typer.Option(help=" or ".join(sorted(STRATEGIES)))] = "uniform",
+    pruning_ratio: Annotated[float, typer.Option(min=0, max=0.99)] = 0.0,
 ) -> None:
-    family, pair = FAMILIES[family_name], PAIRS[family_name]
-    path = checkpoint or getattr(pair, role)
+    for key, value, known in (
+        ("family", family_name, FAMILIES if checkpoint else PAIRS),
+        ("role", role, ("target", "draft")),
+        ("pruning", pruning, STRATEGIES),
+    ):
+        if value not in known:
+            raise typer.BadParameter(f"{key}={value!r}: must be one of {', '.join(known)}")
+    family = FAMILIES[family_name]
+    path = checkpoint or getattr(PAIRS[family_name], role)
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    rows = len(family.moments(pair.num_frames))
     side = SIDE // SQUARE
-    grid = VisualGrid(rows, side, side, num_extra=family.num_visual_tokens(pair.num_frames) - rows * side**2)
-    kept = STRATEGIES[pruning](grid, pruning_ratio) if pruning_ratio else None
-    asked = videofacts(samples, seed, num_frames=pair.num_frames)
-    scores = []
+    moments, num_visual = len(family.moments(family.VIDEO_FRAMES)), family.num_visual_tokens(family.VIDEO_FRAMES)
+    grid = VisualGrid(moments, side, side, num_extra=num_visual - moments * side**2)
+    kept = STRATEGIES[pruning](grid, pruning_ratio) if pruning_ratio else torch.arange(num_visual)
+    asked = videofacts(samples, seed, num_frames=family.VIDEO_FRAMES)
+    answers = []
     for sample in track(asked, description=f"{family_name} {role}"):
-        assert sample.score is not None
-        scores.append(sample.score(answer(family, model, tokenizer, sample.load_video()[0], sample.question, kept)))
-    ordered = [s.order_right for s in scores if s.order_right is not None]
-    count = grid.num_tokens if kept is None else len(kept)
-    table = Table(title=f"{family_name} {role}: {count} of {grid.num_tokens} visual tokens, {len(asked)} questions")
-    table.add_column("facts")
-    table.add_column("recall")
-    table.add_column("precision")
-    table.add_row("all (accuracy)", f"{np.mean([s.accuracy for s in scores]):.3f}", "")
-    table.add_row("order of all events", f"{np.mean(ordered):.3f}", "")
-    for kind, c in totals(scores).items():
-        said = c["right"] + c["wrong"]
-        table.add_row(
-            kind,
-            f"{c['right'] / c['required']:.3f}" if c["required"] else "–",
-            f"{c['right'] / said:.3f}" if said else "–",
-        )
+        token_ids = answer(family, model, tokenizer, sample.load_video()[0], sample.question, kept)
+        text = tokenizer.decode(token_ids)
+        answers.append(Answer(role, sample.name, token_ids, text, len(token_ids), 0.0, 0.0, "", 0.0))
+    found = figures(answers, asked, None)
+    title = f"{family_name} {role}: {len(kept)} of {num_visual} visual tokens, {len(asked)} questions, seed {seed}"
+    table = Table("facts", "recall", "precision", title=title)
+    for name, heading in (("fact_accuracy", "all (accuracy)"), ("order_accuracy", "order of all events")):
+        low, high = found.intervals[name]
+        table.add_row(heading, f"{getattr(found, name):.3f} [{low:.3f}, {high:.3f}]", "")
+    for kind, facts in fact_figures(answers, asked).items():
+        table.add_row(kind, *("–" if x is None else f"{x:.3f}" for x in (facts.recall, facts.precision)))
     Console().print(table)
 
 

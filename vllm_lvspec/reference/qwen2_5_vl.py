@@ -152,7 +152,7 @@ def encode_visual(
     model: Qwen2_5_VLForConditionalGeneration, pixels: torch.Tensor, num_frames: int, size: int
 ) -> torch.Tensor:
     """Projected visual tokens `[size, num_visual, hidden_size]` of `size` videos of the generated world."""
-    grids = torch.tensor([[len(moments(num_frames)), _GRID_SIDE, _GRID_SIDE]] * size)
+    grids = torch.tensor([[len(moments(num_frames)), _GRID_SIDE, _GRID_SIDE]] * size, device=pixels.device)
     return model.model.visual(pixels, grid_thw=grids).pooler_output.view(size, num_visual_tokens(num_frames), -1)
 
 

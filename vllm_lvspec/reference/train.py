@@ -34,7 +34,7 @@ from vllm_lvspec.bench.videofacts.tasks import Task, image_task, make_task
 from vllm_lvspec.draft.pruning import VisualGrid
 from vllm_lvspec.draft.pruning.uniform import keep_uniform
 from vllm_lvspec.reference.families import FAMILIES, Family
-from vllm_lvspec.reference.tokenizer import build_tokenizer
+from vllm_lvspec.reference.tokenizer import ASSISTANT_TURN, USER_TURN, build_tokenizer
 
 SEED_OFFSET = 1_000_000  # training scenes start here; seeds below are for evaluation
 SQUARE = 28  # pixels of a scene that one visual token shows, both ways, in either family
@@ -65,9 +65,8 @@ class Batch:
         self.num_frames = 1 if image else family.VIDEO_FRAMES
         self.num_visual = family.num_visual_tokens(self.num_frames)
         pad = tokenizer.convert_tokens_to_ids("<|image_pad|>" if image else "<|video_pad|>")
-        head = tokenizer("<|im_start|>user\n" + family.BEFORE_VISUAL).input_ids
+        head = tokenizer(USER_TURN + family.BEFORE_VISUAL).input_ids
         end = tokenizer("<|im_end|>\n").input_ids
-        start = tokenizer("<|im_start|>assistant\n").input_ids
         self.num_before = len(head)
         videos, rows, words, facts = [], [], [], []
         for i in range(size):
@@ -77,8 +76,8 @@ class Batch:
             row.add(head + [pad] * self.num_visual, talk=0)
             for talk, tasks in enumerate(_conversations(scene, rng, image, long_answers), start=1):
                 for turn, task in enumerate(tasks):
-                    lead = "<|im_start|>user\n" if turn else family.AFTER_VISUAL
-                    row.add(tokenizer(lead + task.prompt).input_ids + end + start, talk)
+                    lead = USER_TURN if turn else family.AFTER_VISUAL
+                    row.add(tokenizer(lead + task.prompt + ASSISTANT_TURN).input_ids, talk)
                     encoded = tokenizer(task.answer.text, return_offsets_mapping=True)
                     row.add(encoded.input_ids, talk, _weights(task, encoded.offset_mapping))
                     row.add(end[:1], talk, [1.0])
@@ -163,8 +162,8 @@ class LetterBatch:
             answer = re.sub(
                 r"\b(is|be) [^,]*, (\w+ the letter is) \w", rf"\1 {options[letter]}, \2 {letter}", task.answer.text
             )
-            text = f"<|im_start|>user\n{task.prompt}<|im_end|>\n<|im_start|>assistant\n"
-            ask, reply = tokenizer(text).input_ids, tokenizer(answer).input_ids
+            ask = tokenizer(USER_TURN + task.prompt + ASSISTANT_TURN).input_ids
+            reply = tokenizer(answer).input_ids
             ids.append(ask + reply)
             weights.append([0.0] * (len(ask) + len(reply) - 2) + [1.0, 0.0])  # the letter, before a full stop
         self.ids = _padded(ids, tokenizer.pad_token_id)
@@ -348,9 +347,22 @@ def main(
     probe = Probe(family.SHAPES[role], len(family.moments(family.VIDEO_FRAMES))).to(device)
     optimizers = build_optimizers(torch.nn.ModuleList([model, probe]), learning_rate)
     first, log = 0, []
+    # Data follow from these; a run that goes on with others would see scenes twice, or none.
+    fixed = {"family": family_name, "role": role, "seed": seed, "batch_size": batch_size}
+    planned = {"steps": steps, "learning_rate": learning_rate, "short_share": short_share, "patch_weight": patch_weight}
+    runs = [{"from_step": 0, **planned, "start_from": start and str(start)}]
     state_path = out / "state.pt"
     if state_path.exists():
         state = torch.load(state_path, map_location=device)
+        for key, value in fixed.items():
+            if state["fixed"][key] != value:
+                raise typer.BadParameter(
+                    f"{key}={value!r}: the run in {str(out)!r} has {state['fixed'][key]!r}; go on with that, or choose "
+                    "another folder"
+                )
+        runs = state["runs"]
+        if planned != {key: runs[-1][key] for key in planned}:
+            runs.append({"from_step": state["step"], **planned})
         model.load_state_dict(state["model"])
         probe.load_state_dict(state["probe"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -392,11 +404,11 @@ def main(
             if (step + 1) % CHECKPOINT_STEPS == 0 or step == steps - 1:
                 state = dict(model=model.state_dict(), probe=probe.state_dict())
                 state["optimizers"] = [o.state_dict() for o in optimizers]
-                torch.save({**state, "step": step + 1, "log": log}, state_path.with_suffix(".tmp"))
+                progress_made = {"step": step + 1, "log": log, "fixed": fixed, "runs": runs}
+                torch.save({**state, **progress_made}, state_path.with_suffix(".tmp"))
                 state_path.with_suffix(".tmp").replace(state_path)
     family.save_checkpoint(model.cpu(), tokenizer, str(out))
-    settings = dict(family=family_name, role=role, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
-    (out / "training_log.json").write_text(json.dumps({**settings, "seed": seed, "log": log}, indent=1))
+    (out / "training_log.json").write_text(json.dumps({**fixed, "steps": steps, "runs": runs, "log": log}, indent=1))
 
 
 def _pruned_view(family: Family, step: int) -> torch.Tensor | None:

@@ -227,12 +227,12 @@ def _read_sentence(sentence: str, told: list[_Told]) -> set[Fact]:
         facts.add(("count", str(len(set(introduced)))))
     sentence = _read_relations(sentence, colours, facts)
     _read_events(sentence, colours, facts, told)
-    end, denied = 0, None
+    end, is_denied = 0, False
     for match in _BARE_SHAPE.finditer(sentence):
         before, behind = sentence[: match.start()], sentence[match.end() :]
-        goes_on = denied and _OR.fullmatch(sentence[end : match.start()])
-        denied = _NONE_OF.search(before) or _MISSING.match(behind) or goes_on
-        facts.add(("negation" if denied else "exists", _SHAPE[match[1]]))
+        goes_on = is_denied and _OR.fullmatch(sentence[end : match.start()])
+        is_denied = bool(_NONE_OF.search(before) or _MISSING.match(behind) or goes_on)
+        facts.add(("negation" if is_denied else "exists", _SHAPE[match[1]]))
         end = match.end()
     return facts
 
