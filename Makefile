@@ -38,9 +38,9 @@ TRAIN := $(RUN) $(BIN)/python -m vllm_lvspec.reference.train
 pairs: setup ## Train the bundled pairs again (about five hours on two cores)
 	$(TRAIN) qwen2_5_vl target --out $(PAIRS)/qwen2_5_vl/target --steps 5000
 	$(TRAIN) qwen2_5_vl draft --out $(PAIRS)/qwen2_5_vl/draft --steps 4000
-	$(TRAIN) llava_onevision target --out $(PAIRS)/llava_onevision/target --steps 1500 --short-share 0 \
+	$(TRAIN) llava_onevision target --out $(PAIRS)/llava_onevision/target --steps 1200 --short-share 0 \
 		--start-from $(PAIRS)/qwen2_5_vl/target
-	$(TRAIN) llava_onevision draft --out $(PAIRS)/llava_onevision/draft --steps 2500 --short-share 0 \
+	$(TRAIN) llava_onevision draft --out $(PAIRS)/llava_onevision/draft --steps 1400 --learning-rate 0.0025 --short-share 0 \
 		--start-from $(PAIRS)/qwen2_5_vl/draft
 
 clean: ## Remove what was built

@@ -49,7 +49,7 @@ def bench(
     seed: Annotated[int, typer.Option(help="of the suite's scenes, 0 to 99")] = 1,
     tasks: Annotated[str, typer.Option(help="kinds of questions")] = "caption,description,question,choice",
     policies: Annotated[str, typer.Option(help="peers: ar, ngram, strict")] = "ar,strict",
-    family: Annotated[str, typer.Option(help="bundled pair: qwen2_5_vl")] = "qwen2_5_vl",
+    family: Annotated[str, typer.Option(help="bundled pair: qwen2_5_vl, llava_onevision")] = "qwen2_5_vl",
     model: Annotated[str | None, typer.Option(help="another target: a folder or a name of the hub")] = None,
     draft: Annotated[str | None, typer.Option(help="another drafter")] = None,
     shape: Annotated[

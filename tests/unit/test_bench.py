@@ -337,7 +337,7 @@ def test_wrong_lines_are_named(folder, line, message):
     [
         ({"json_path": Path("out.txt")}, "json='out.txt': must end in .json"),
         ({"suite": "other"}, "suite='other': must be videofacts"),
-        ({"family": "other"}, "family='other': must be one of qwen2_5_vl"),
+        ({"family": "other"}, "family='other': must be one of qwen2_5_vl, llava_onevision"),
         ({"policies": ["ar", "fast"]}, "policies='fast': must be of ar, ngram, strict"),
         ({"policies": ["ar", "ar"]}, "policies='ar,ar'"),
         ({"batch_size": 0}, "batch_size=0: must be 1 or more"),

@@ -87,7 +87,7 @@ def test_a_batch_asks_for_answers_and_names_what_patches_show(name, tokenizer):
     family = FAMILIES[name]
     batch = Batch(family, tokenizer, 3, 4, image=False, long_answers=True)
     assert batch.num_visual == family.num_visual_tokens(family.VIDEO_FRAMES) >= 128
-    assert name not in PAIRS or PAIRS[name].num_frames == family.VIDEO_FRAMES
+    assert PAIRS[name].num_frames == family.VIDEO_FRAMES
     assert batch.words.shape == (4, batch.num_visual, 5)
     learned = batch.ids[batch.weights == FACT_WEIGHT]
     assert tokenizer.convert_tokens_to_ids("Ġred") in learned or tokenizer.convert_tokens_to_ids("Ġblue") in learned
@@ -274,3 +274,10 @@ def test_a_training_goes_on_with_its_own_data_only_and_notes_other_plans(trained
             trained("run", **{key: value})
     _, log = trained("run", steps=3, learning_rate=1e-3)
     assert [(r["from_step"], r["steps"], r["learning_rate"]) for r in log["runs"]] == [(0, 2, 2e-3), (2, 3, 1e-3)]
+
+
+def test_the_cards_curves_are_drawn_from_the_logs(tmp_path):
+    from vllm_lvspec.reference.curves import draw
+
+    draw(tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""A small Video-LLM pair that has learned to describe the generated world, and how they were trained."""
+"""Small Video-LLM pairs that have learned to describe the generated world, and how they were trained."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,10 @@ class Pair:
     num_frames: int
 
 
-PAIRS = {
-    "qwen2_5_vl": Pair(
-        _ROOT / "checkpoints" / "qwen2_5_vl" / "target", _ROOT / "checkpoints" / "qwen2_5_vl" / "draft", 24
-    ),
-}
+def _pair(family: str, num_frames: int) -> Pair:
+    folder = _ROOT / "checkpoints" / family
+    return Pair(folder / "target", folder / "draft", num_frames)
+
+
+PAIRS = {family: _pair(family, frames) for family, frames in (("qwen2_5_vl", 24), ("llava_onevision", 12))}
 TARGET, DRAFT = PAIRS["qwen2_5_vl"].target, PAIRS["qwen2_5_vl"].draft

@@ -77,7 +77,7 @@ def main(
     pruning_ratio: Annotated[float, typer.Option(min=0, max=0.99)] = 0.0,
 ) -> None:
     for key, value, known in (
-        ("family", family_name, FAMILIES if checkpoint else PAIRS),
+        ("family", family_name, FAMILIES),
         ("role", role, ("target", "draft")),
         ("pruning", pruning, STRATEGIES),
     ):

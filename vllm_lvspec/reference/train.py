@@ -417,7 +417,7 @@ def _pruned_view(family: Family, step: int) -> torch.Tensor | None:
     One step in four shows everything, one 10-100 % of the tokens at random, and two as many spread evenly.
     """
     rng = np.random.default_rng([step, 31])
-    ratio = 0.9 * float(rng.random()) ** 0.25  # mostly near what is the default when served
+    ratio = 0.9 * float(rng.random()) ** 0.1  # mostly near what is the default when served
     num_moments = len(family.moments(family.VIDEO_FRAMES))
     num_visual = family.num_visual_tokens(family.VIDEO_FRAMES)
     if step % 4 == 0:
