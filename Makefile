@@ -15,7 +15,7 @@ help: ## Show the targets
 setup: ## Make .venv with vLLM for CPUs, or for NVIDIA GPUs where there is one
 	@bash deploy/setup.sh $(PYTHON) $(VENV)
 
-demo: setup ## Serve the bundled pair and let it describe a video
+demo: setup ## Serve a bundled pair and let it describe a video
 	$(RUN) $(BIN)/lvspec demo
 
 test: setup ## Run the tests

@@ -186,6 +186,15 @@ def test_a_journal_without_answers_gives_way(tmp_path):
     Journal(path, {"seed": 2}).add(asdict(answer("ar", "a", 3, 2, 1.0)))
 
 
+def test_another_file_of_that_name_is_left_alone(tmp_path):
+    path = tmp_path / "run.partial"
+    for text in ("mine", "5\n6", "[1]\n{}"):
+        path.write_text(text)
+        with pytest.raises(JournalError, match="must be a stopped run's answers"):
+            Journal(path, {"seed": 1})
+        assert path.read_text() == text
+
+
 @pytest.fixture
 def stopped_run(folder, monkeypatch):
     """A run over `folder` that was stopped after the first of two questions, and a way to repeat it; no engines."""
@@ -294,20 +303,23 @@ def test_a_dataset_of_the_hub_is_such_a_folder(folder, monkeypatch):
         assert (name, repo_type, allow_patterns) == ("owner/name", "dataset", "*.jsonl")
         return str(folder)
 
-    def file(name, path, repo_type):
+    def file(name, path, repo_type, revision):
+        assert revision == folder.name  # of the same state as the lists
         fetched.append(path)
         (folder / path).unlink(missing_ok=True)
         (folder / path).symlink_to(store)  # as in the hub's cache
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lists)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", file)
-    (sample,) = dataset("hf:owner/name", 1, 8)
+    sample, other = dataset("hf:owner/name", None, 8)
     assert sample.load_video()[0].shape == (8, 112, 112, 3)
+    assert sample.video_name == other.video_name
     assert fetched == ["clips/a.mp4"]
 
-    def gone(name, path, repo_type):
+    def gone(name, path, repo_type, revision):
         raise FileNotFoundError("no such entry")
 
+    (folder / "clips" / "a.mp4").unlink()
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", gone)
     with pytest.raises(DatasetError, match=r"prompts.jsonl:1: 'clips/a.mp4' of 'hf:owner/name' can't be had"):
         dataset("hf:owner/name", 1, 8)
@@ -343,6 +355,7 @@ def test_wrong_lines_are_named(folder, line, message):
         ({"batch_size": 0}, "batch_size=0: must be 1 or more"),
         ({"samples": 0}, "samples=0: must be 1 or more"),
         ({"dtype": "floaty"}, "dtype='floaty': must be one of auto"),
+        ({"engine_arguments": {"max_model_len": None}}, "max_model_len=None: must be 704 or more"),
         ({"num_frames": 2000}, "num_frames=2000, max_tokens=256: 16512 tokens"),
         ({"model": "/nowhere"}, "model='/nowhere': must be a model's folder or its name on the hub"),
         ({"draft": DraftSettings(model="/nowhere")}, "draft='/nowhere': must be a model's folder"),

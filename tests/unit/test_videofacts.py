@@ -489,13 +489,21 @@ def test_a_choice_is_scored_by_its_letter():
         ("Answer: (c)", {("choice", "C")}),
         ("The letter is B, not A.", {("choice", "B")}),
         ("So it is option C. D is wrong.", {("choice", "C")}),
+        ("Option A can be ruled out, so it is B.", {("choice", "B")}),
+        ("Choice C cannot be right. B.", {("choice", "B")}),
+        ("The correct one is B. Option A shows a square.", {("choice", "B")}),
+        ("B, since option A is never there", {("choice", "B")}),
+        ("Not answer A. B", {("choice", "B")}),
+        ("The circle does not move (B).", {("choice", "B")}),
         ("A red circle, so the letter is C.", {("choice", "C")}),
         ("The video does not contain a circle.", {("negation", "circle")}),
         ("No, none of the shapes is a circle.", {("negation", "circle")}),
         ("There are no circles or triangles.", {("negation", "circle"), ("negation", "triangle")}),
         ("Triangles are absent.", {("negation", "triangle")}),
         ("Hardly any object vanishes.", {("negation", "vanish")}),
-        ("There are more than three shapes.", {("count", "more than three")}),
+        ("There are more than three shapes.", {("count", "more than 3")}),
+        ("The red circle refuses to vanish.", {("not", "event", "red", "vanish")}),
+        ("The red circle almost immediately vanishes.", {("event", "red", "vanish")}),
         ("The video does not show three shapes.", {("not", "count", "3")}),
         ("There are three objects, among them a red circle and a blue square.", {("count", "3")}),
         ("The red circle and the blue square pass without colliding.", {("not", "event", "blue+red", "collide")}),
@@ -531,11 +539,91 @@ def test_the_reader_knows_words_that_the_grammar_does_not_write(text, facts):
             "Before the red circle moves up, the blue square vanishes and then the cyan one appears.",
             ("blue:vanish", "cyan:appear", "red:move"),
         ),
+        (
+            "The red circle moves up. Before that, the blue square vanishes. Before that, the cyan one appears.",
+            ("cyan:appear", "blue:vanish", "red:move"),
+        ),
+        (
+            "The red circle moves up. Before that, the blue square vanishes and the cyan one appears. "
+            "Then the white one moves up.",
+            ("blue:vanish", "cyan:appear", "red:move", "white:move"),
+        ),
+        ("The red circle moves up. Then the previously still blue square vanishes.", ("red:move", "blue:vanish")),
+        ("The red circle moves up. The blue square mentioned earlier vanishes.", ("red:move", "blue:vanish")),
+        ("The red circle moves up. No other one moves after the blue square vanishes.", ("red:move", "blue:vanish")),
         ("The red circle moves up, after which the blue square vanishes.", ("red:move", "blue:vanish")),
     ],
 )
 def test_order_is_that_of_time_and_not_of_words(text, order):
     assert read(text).events == order
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Finally, after the red circle moves up and the blue square vanishes, the cyan one turns white.",
+        "Eventually, once the red circle moves up, the blue square vanishes.",
+        "The initially green triangle turns white.",
+        "The green triangle, at first still, turns white.",
+        "The red circle eventually moves up, the blue square vanishes and the cyan one turns white.",
+        "In the end the red circle has moved up, the blue square has vanished and the cyan one has turned white.",
+        "The blue square vanishes at the end of that motion.",
+        "The red circle moves to the left end of the frame.",
+    ],
+)
+def test_order_words_that_are_about_something_else_say_nothing_of_an_event(text):
+    assert read(text).leads == ("",) * len(read(text).events) and read(text).events
+
+
+@pytest.mark.parametrize(
+    ("text", "leads"),
+    [
+        ("Finally, the red circle vanishes.", ("last",)),
+        ("What happens last is that the red circle vanishes.", ("last",)),
+        ("The red circle vanishes first, then the blue square appears.", ("first", "next")),
+        ("At the start, as one can see, the red circle slides up.", ("first",)),
+        ("At the end of the video the red circle vanishes.", ("last",)),
+    ],
+)
+def test_order_words_are_kept_with_their_events(text, leads):
+    assert read(text).leads == leads
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("There are four objects: a red circle, a blue square, the green triangle and the yellow circle.", {"4"}),
+        ("There are four objects in all, and a red circle moves up before a blue square vanishes.", {"4"}),
+        ("There are three objects, and a green triangle turns into a white triangle.", {"3"}),
+        ("There are no more than four objects.", set()),
+        ("There are three objects: a red circle, a red circle and a blue square.", {"3", "2"}),
+    ],
+)
+def test_a_list_counts_where_it_names_one_object_twice(text, counts):
+    assert {fact[1] for fact in read(text).facts if fact[0] == "count"} == counts
+
+
+def test_true_bounds_are_not_wrong_and_are_no_count():
+    scene = next(s for s in map(Scene.from_seed, SEEDS) if len(s.objects) == 3)
+    tasks = (make_task(scene, "question", np.random.default_rng(seed)) for seed in SEEDS)
+    task = next(task for task in tasks if task.prompt.startswith("How many"))
+    for text, wrong in (("There are more than two objects.", 0), ("There are fewer than three objects.", 1)):
+        score = score_answer(scene, task, text)
+        assert (score.right["count"], score.wrong.get("count", 0)) == (0, wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("The circle is not in motion at first.", {"exists"}),
+        ("There is not one circle but two.", {"exists"}),
+        ("There is a yellow circle and a red circle that slowly moves up.", {"colour", "shape", "event", "motion"}),
+    ],
+)
+def test_what_is_not_denied_is_not_read_so(text, kinds):
+    facts = read(text).facts
+    assert {fact[0] for fact in facts} == kinds
+    assert ("event", "yellow", "move") not in facts
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,8 @@ def _engine_arguments(model: str, num_frames: int, options: BenchOptions) -> dic
             )
         shape = TEXT_SHAPES[options.shape] if options.shape else text_shape(config)
         engine = {"max_model_len": max(longest, 2048)} | engine
+        if not isinstance(engine["max_model_len"], int) or engine["max_model_len"] < longest:
+            raise BenchError(f"engine: max_model_len={engine['max_model_len']!r}: must be {longest} or more")
         size = kv_cache_bytes(shape, engine["dtype"], engine["max_model_len"], options.batch_size)
         engine = {"kv_cache_memory_bytes": size} | engine
     return engine
@@ -260,7 +262,7 @@ def _environment(command: Sequence[str]) -> Environment:
 
 
 def _dates(model: str) -> list[float]:
-    """When the weights in a folder were written: answers of others are not taken up again."""
+    """When the weights in a folder were written, that answers of others are not taken up again; none for hub names."""
     return [path.stat().st_mtime for path in sorted(Path(model).glob("*.safetensors"))]
 
 

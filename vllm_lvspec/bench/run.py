@@ -73,7 +73,13 @@ class Journal:
         self.answers: dict[str, dict[str, Answer]] = defaultdict(dict)
         self.times: dict[str, dict[str, float]] = {}
         lines = path.read_text().splitlines() if path.exists() else []
-        if len(lines) > 1 and (before := json.loads(lines[0])) != settings:
+        try:
+            before = json.loads(lines[0]) if lines else settings
+        except json.JSONDecodeError:
+            before = None
+        if not isinstance(before, dict):
+            raise JournalError(f"{path}: must be a stopped run's answers; it is another file")
+        if len(lines) > 1 and before != settings:
             keys = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
             differing = "; ".join(f"{key}={settings.get(key)!r}, there {before.get(key)!r}" for key in keys)
             raise JournalError(
@@ -83,10 +89,9 @@ class Journal:
         kept = [json.dumps(settings)]
         for line in lines[1:]:
             try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
+                self._take(json.loads(line))
+            except (ValueError, TypeError, KeyError):
                 break  # the last line of a run that was killed
-            self._take(entry)
             kept.append(line)
         self.resumed = len(kept) > 1
         path.write_text("\n".join(kept) + "\n")

@@ -103,7 +103,8 @@ def dataset(
             video = Path(os.path.normpath(folder / entry[video_key]))
             inside = video.is_relative_to(os.path.normpath(folder))
             if inside and repository is not None:
-                _download(repository, str(video.relative_to(folder)), where)
+                if not video.is_file():
+                    _download(repository, folder.name, str(video.relative_to(folder)), where)
             elif inside:
                 inside = video.resolve().is_relative_to(folder.resolve())
             if not inside or not video.is_file():
@@ -145,11 +146,12 @@ def _download_lists(repository: str) -> Path:
         raise DatasetError(f"dataset='hf:{repository}': can't be had from the hub: {error}") from None
 
 
-def _download(repository: str, file: str, where: str) -> None:
+def _download(repository: str, revision: str, file: str, where: str) -> None:
+    """Fetch a file beside the lists: a snapshot's folder is called by its revision."""
     from huggingface_hub import hf_hub_download
 
     try:
-        hf_hub_download(repository, file, repo_type="dataset")
+        hf_hub_download(repository, file, repo_type="dataset", revision=revision)
     except (OSError, ValueError) as error:
         raise DatasetError(f"{where}: {file!r} of 'hf:{repository}' can't be had from the hub: {error}") from None
 

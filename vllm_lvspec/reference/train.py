@@ -355,10 +355,9 @@ def main(
     if state_path.exists():
         state = torch.load(state_path, map_location=device)
         for key, value in fixed.items():
-            if state["fixed"][key] != value:
+            if (theirs := state.get("fixed", {}).get(key)) != value:
                 raise typer.BadParameter(
-                    f"{key}={value!r}: the run in {str(out)!r} has {state['fixed'][key]!r}; go on with that, or choose "
-                    "another folder"
+                    f"{key}={value!r}: the run in {str(out)!r} has {theirs!r}; go on with that, or in another folder"
                 )
         runs = state["runs"]
         if planned != {key: runs[-1][key] for key in planned}:

@@ -71,19 +71,21 @@ _SIZE_WORD = re.compile(rf"\b({_any(_SIZE)})\b")
 _NO_ADJECTIVE = rf"(?:of|is|are|more|other|can|could|finds|sees|{_any(_NUMBER)})"
 _COUNT = re.compile(rf"\b((?:(?:{_any(_NUMBER)}) )+)(?:(?!{_NO_ADJECTIVE}\b)\w+ ){{0,3}}?(?:{_THING})\b")
 _NUMBER_WORD = re.compile(rf"\b({_any(_NUMBER)})\b")
-_BOUND = re.compile(r"\b(more|fewer|less) than $")
-_VAGUE = re.compile(r"\b(?:at least|at most|up to|roughly|nearly|almost|not only) $")
-_EXAMPLES = re.compile(r"\b(?:among|including|such as|for example)\b")
+_BOUND = re.compile(r"(?<!\bno )\b(more|fewer|less) than $")
+_VAGUE = re.compile(r"\b(?:at least|at most|no (?:more|fewer|less) than|up to|roughly|nearly|almost|not only) $")
 _PART_OF_ALL = re.compile(r"\b(?:the|these|those|both|other|remaining|another)(?: (?:other|remaining|same))? $")
 _RELATION = re.compile(rf"\b({_any(_PLACE)}) (?:the |an? )?@(\d+)@")
 _NEIGHBOUR = re.compile(r"\b(?:next to|near|beside|close to) (?:the |an? )?@\d+@")
 _EVENT = re.compile("|".join(rf"\b(?P<{kind}>{verb})(?!\w)" for kind, verb in _VERBS.items()))
 _NOT = re.compile(r"\b(?:no|not|nothing|never|none|neither|nor|hardly any|barely any)\b|n't\b")
 # Right before a verb these deny it; behind it, "vanishes without a trace", they don't.
-_NOT_QUITE = re.compile(r"\b(?:without|almost|nearly|barely|hardly|fail(?:s|ed|ing)? to)(?: \w+)? $")
+_NOT_QUITE = re.compile(
+    r"\b(?:(?:without|(?:fail|refuse)(?:s|d|ed|ing)? to)(?: \w+)?"
+    r"|almost|nearly|barely|hardly|prevented from|instead of) $"
+)
 _NOT_BEFORE = re.compile(r"(?:\b(?:not|never|hardly|nowhere)|n't)(?! only)(?: \w+){0,2} $")
 _LIGHT_WORDS = (
-    rf"an?|any|single|one|of|the|these|those|is|are|be|to|there|actually|really|contains?|includes?|shows?|ha(?:s|ve)|"
+    rf"an?|any|single|of|the|these|those|is|are|be|to|there|actually|really|contains?|includes?|shows?|ha(?:s|ve)|"
     rf"features?|presents?|see|find|{_THING}"
 )
 _NONE_OF = re.compile(
@@ -91,7 +93,7 @@ _NONE_OF = re.compile(
     rf"|(?:\b(?:not|never)|n't)(?: (?!the\b)(?:{_LIGHT_WORDS}))*|\bnone(?: (?:{_LIGHT_WORDS}))*) $"
 )
 _MISSING = re.compile(
-    r" (?:is|are)(?:n't| not| never| nowhere)(?: to be)? (?:there|present|seen|shown|visible|found|in)\b"
+    r" (?:is|are)(?:n't| not| never| nowhere)(?: to be)? (?:there|present|seen|shown|visible|found)\b"
     r"|(?: (?:is|are))? (?:absent|missing)\b"
 )
 _OR = re.compile(r"(?:,? (?:or|nor)|,)(?: an?| any)* $")
@@ -112,33 +114,40 @@ _BOUNDARY = re.compile(
     r"(?:,? and)?,? \b(?:shortly |soon |right )?(?:afterwards?|after (?:that|this|which))\b"
     r"|,? \b(and then|then|and|but|while|before|after|once|until)\b|,"
 )
-_EARLIER = re.compile(r"\b(?:before (?:that|this|then)|prior to (?:that|this)|earlier|previously|beforehand)\b")
+# Not before a noun: "the previously still circle" moves no earlier.
+_BEFORE_A_NOUN = r"(?<!\bthe )(?<!\ban )(?<!\ba )"
+_EARLIER = re.compile(
+    rf"{_BEFORE_A_NOUN}\b(?:before (?:that|this|then)|prior to (?:that|this)|earlier|previously|beforehand)\b"
+)
 _NO_EVENT = r"(?! (?:ones?|time|glance|sight|half|objects?|shapes?|figures?|items?|things)\b)"
 _LEADS = {
-    "first": re.compile(
-        rf"\bfirst(?: of all)?\b(?! of\b){_NO_EVENT}|\binitially\b|\bto (?:begin|start) with\b"
-        r"|\b(?:at|in) the (?:very )?(?:start|beginning|opening)\b|\bearly on\b"
-    ),
-    "last": re.compile(
-        rf"\blast(?: of all)?\b(?! of\b){_NO_EVENT}|\b(?:finally|lastly|eventually)\b"
-        r"|\b(?:in|at|near|towards?) the (?:very )?end\b(?! of the (?:frame|picture|image|screen))"
-    ),
     "next": re.compile(
         r"\b(?:then|next(?! to\b)|after (?:that|this|which)|later|(?:there)?afterwards?|following (?:this|that)"
         r"|subsequently|once this is over)\b"
     ),
+    "first": re.compile(
+        rf"\bfirst(?: of all)?\b(?! of\b){_NO_EVENT}|{_BEFORE_A_NOUN}\binitially\b|\bto (?:begin|start) with\b"
+        r"|\b(?:at|in) the (?:very )?(?:start|beginning|opening)\b|\bearly on\b"
+    ),
+    "last": re.compile(
+        rf"\blast(?: of all)?\b(?! of\b){_NO_EVENT}|{_BEFORE_A_NOUN}\b(?:finally|lastly|eventually)\b"
+        r"|\b(?:in|at|near|towards?) the (?:very )?end\b(?! of (?!the (?:video|clip|recording|sequence|footage)\b))"
+    ),
 }
-_MEANWHILE = re.compile(r"\b(?:as|while|when|since) (?:the |an? )?@\d+@")
+_LAST_WORD = re.compile(r"\b(first|last|earlier)$")
+_OTHER_CLAUSE = re.compile(r"\b(?:after|once|following|when|while|until|before|(?:as|since) (?:the |an? )?$)")
+_LETTER_ALONE = re.compile(r"\W*([a-dA-D])\W*")
 _ARTICLE = rf"A (?:{_any({**_COLOUR, **_SHAPE, **_SIZE})}|{_THING})\b"
 _LETTER = re.compile(r"(?<![\w'])(?!A (?!is|because|as|since|fits)[a-z])([A-D])(?![\w'])")
-_LETTER_ALONE = re.compile(r"\W*([a-dA-D])\W*")
 _LETTER_NAMED = re.compile(
-    r"\b(?:[Aa]nswer|[Oo]ption|[Ll]etter|[Cc]hoice)\b(?: is| must be| would be| should be|:)*\W*?"
-    rf"(?!{_ARTICLE})(?:([A-D])(?![\w'])|[(\[]([a-d])[)\]]|([a-d])(?=\W*(?:$|[.,;!?])))"
+    r"\b(?:[Aa]nswer|[Ll]etter|(?:[Rr]ight|[Cc]orrect|[Bb]est|[Ff]itting) (?:option|choice|one))"
+    rf"(?: is| must be| would be| should be| option| letter|:)+\W*(?!{_ARTICLE})"
+    r"(?:([A-D])(?![\w'])|(?<=[(\[])([a-d])(?=[)\]])|([a-d])(?=\W*(?:$|[.,;!?])))"
 )
 _LETTER_DENIED = re.compile(
-    r"(?:\bnot|n't)(?: \w+)? \W*[A-D](?![\w'])"
-    r"|(?<![\w'])[A-D] (?:is|would be)(?:n't| not| wrong| false| incorrect)\b"
+    r"(?:\b[Nn]ot|n't)(?: (?:be|the|option|answer|letter|choice))* \W*[A-D](?![\w'])"
+    r"|(?<![\w'])[A-D] (?:(?:is|does|can|could|would)(?:n't| not| never)|cannot"
+    r"|(?:is|would be) (?:wrong|false|incorrect))\b"
 )
 
 
@@ -160,18 +169,42 @@ def read(text: str) -> Reading:
     `("exists", shape or kind of event)` where it names no object, `("not", *fact)` where it denies one.
     """
     facts: set[Fact] = set()
-    told: list[_Told] = []
+    story = _Story()
     if letter := _read_letter(text):
         facts.add(("choice", letter))
     for sentence in re.split(r"[.!?;]", text.lower().replace("@", " ")):
-        facts |= _read_sentence(" ".join(sentence.split()), told)
-    return Reading(frozenset(facts), tuple(t.event for t in told), tuple(t.lead for t in told))
+        facts |= _read_sentence(" ".join(sentence.split()), story)
+    return Reading(frozenset(facts), tuple(t.event for t in story.told), tuple(t.lead for t in story.told))
 
 
 @dataclass(frozen=True)
 class _Told:
     event: str
     lead: str
+
+
+class _Story:
+    """Events in the order of time; what is told as having been earlier goes before what was told last."""
+
+    def __init__(self) -> None:
+        self.told: list[_Told] = []
+        self._flashback: tuple[int, int] | None = None  # where the last one stands
+
+    def go_on(self, said: list[_Told]) -> None:
+        self.told += said
+        self._flashback = None
+
+    def go_back(self, said: list[_Told]) -> None:
+        """One flashback after another goes further back."""
+        begin = self._flashback[0] if self._flashback else max(len(self.told) - 1, 0)
+        self.told[begin:begin] = said
+        self._flashback = begin, begin + len(said)
+
+    def stay_back(self, said: list[_Told]) -> None:
+        """Go on with what was told of earlier."""
+        begin, end = self._flashback or (len(self.told), len(self.told))
+        self.told[end:end] = said
+        self._flashback = begin, end + len(said)
 
 
 def _read_letter(text: str) -> str | None:
@@ -185,8 +218,8 @@ def _read_letter(text: str) -> str | None:
     return letters[-1] if letters else None
 
 
-def _read_sentence(sentence: str, told: list[_Told]) -> set[Fact]:
-    """The sentence's facts; its events go into the story, `told`."""
+def _read_sentence(sentence: str, story: _Story) -> set[Fact]:
+    """The sentence's facts; its events go into the story."""
     facts: set[Fact] = set()
     colours: list[str] = []
     introduced: list[Fact] = []
@@ -219,14 +252,14 @@ def _read_sentence(sentence: str, told: list[_Told]) -> set[Fact]:
         bound = _BOUND.search(before)
         denied = _NOT_BEFORE.search(before)
         for number in _NUMBER_WORD.findall(match[1]):
-            count = ("count", f"{bound[1]} than {number}" if bound else _NUMBER[number])
+            than = "" if bound is None else "more than " if bound[1] == "more" else "fewer than "
+            count = ("count", than + _NUMBER[number])
             facts.add(("not", *count) if denied else count)
-    counts = any(fact[0] == "count" for fact in facts)
-    if counts and len(introduced) > 1 and not _EXAMPLES.search(sentence) and not _BARE_SHAPE.search(sentence):
+    if any(fact[0] == "count" for fact in facts) and len(set(introduced)) < len(introduced):
         # Who lists one object twice lists one less.
         facts.add(("count", str(len(set(introduced)))))
     sentence = _read_relations(sentence, colours, facts)
-    _read_events(sentence, colours, facts, told)
+    _read_events(sentence, colours, facts, story)
     end, is_denied = 0, False
     for match in _BARE_SHAPE.finditer(sentence):
         before, behind = sentence[: match.start()], sentence[match.end() :]
@@ -284,31 +317,51 @@ def _clauses(sentence: str) -> list[_Clause]:
     return clauses
 
 
-def _read_events(sentence: str, colours: list[str], facts: set[Fact], told: list[_Told]) -> None:
+def _read_events(sentence: str, colours: list[str], facts: set[Fact], story: _Story) -> None:
     sentence = re.sub(r"\bpreceded by\b", "after", _EARLIER.sub("earlier", sentence))
     sentence = re.sub(r"\bprior to\b", "before", re.sub(r"\bfollowed by\b", "then", sentence))
     actors: list[str] = []  # of the clause before, for a verb without a subject of its own
     later: list[_Told] = []  # of a clause that the others of its sentence come before
-    for i, clause in enumerate(_clauses(sentence)):
+    has_told, is_back = False, False
+    clauses = _clauses(sentence)
+    for clause in clauses:
         names, actors = _read_event(sentence, clause, colours, facts, actors)
-        text = sentence[clause.begin : clause.end]
         head = sentence[clause.begin : clause.verb.start()]
-        lead = _lead(clause.word, text)
-        said = [_Told(name, lead) for name in names if lead or not told or name != told[-1].event]
-        if clause.word == "after" or "earlier" in text:
+        lead = _lead(clause, sentence)
+        if lead == "last" and clause is not clauses[-1]:
+            lead = ""  # "in the end" all of them have happened
+        told = story.told
+        said = [_Told(n, lead.replace("earlier", "")) for n in names if lead or not told or n != told[-1].event]
+        is_back = lead == "earlier" or (is_back and not lead)
+        if lead == "earlier":
+            story.go_back(said)
+        elif is_back:
+            story.stay_back(said)
+        elif clause.word == "after" and has_told:
             told[-1:-1] = said
-        elif i == 0 and re.search(r"\bbefore (?:the |an? )?@", head):
+        elif clause is clauses[0] and re.search(r"\bbefore (?:the |an? )?@", head):
             later = said
         else:
-            told += said
-    told += later
+            story.go_on(said)
+        has_told |= bool(said)
+    if later:
+        story.go_on(later)
 
 
-def _lead(word: str, text: str) -> str:
-    """When a clause says that its event happens; `word`: the conjunction before it."""
-    if "earlier" in text or _MEANWHILE.search(text):
-        return ""
-    return next((lead for lead, words in _LEADS.items() if words.search(f"{word} {text}")), "")
+def _lead(clause: _Clause, sentence: str) -> str:
+    """Whether a clause says, before its subject or as its last word, that its event is first, last, next or earlier."""
+    text = sentence[clause.begin : clause.end]
+    if last := _LAST_WORD.search(text.rstrip(" ,")):
+        return last[1]
+    before = f"{clause.word} {text[: text.index('@') if '@' in text else clause.verb.start() - clause.begin]}"
+    if re.search(r"(?<!\bthe )(?<!\ban )(?<!\ba )\bearlier\b", before):
+        return "earlier"
+    rest = _LEADS["next"].sub("", before)
+    if rest != before:
+        return "next"
+    if _OTHER_CLAUSE.search(rest):
+        return ""  # "finally, after the circle moves": it is not the circle that comes last
+    return next((lead for lead in ("first", "last") if _LEADS[lead].search(rest)), "")
 
 
 def _read_event(
@@ -337,7 +390,7 @@ def _read_event(
         if not named:
             return [], ahead or behind
     elif ahead:
-        joined = re.search(r"@\d+@(?:,? (?:and|or|nor) (?:the |an? )?@\d+@)+ (?:\w+ ){0,2}$", head)
+        joined = re.search(r"@\d+@(?:,? (?:and|or|nor) (?:the |an? )?@\d+@)+ (?!that |which )(?:\w+ )?$", head)
         named = ahead if joined else ahead[-1:]
     elif behind and named is behind:
         named = behind[:1]
@@ -456,6 +509,9 @@ def _sayable(scene: Scene) -> set[Fact]:
     """`scene_facts`, and what an answer may say of them in other words."""
     facts = set(scene_facts(scene))
     facts |= {("exists", obj.shape) for obj in scene.objects}
+    count = len(scene.objects)
+    facts |= {("count", f"more than {n}") for n in range(1, count)}
+    facts |= {("count", f"fewer than {n}") for n in range(count + 1, 7)}
     facts |= {("order", "first", event_name(scene, scene.events[0]))}
     facts |= {("order", event_name(scene, scene.events[-1]), "last")}
     for event in scene.events:
