@@ -89,8 +89,8 @@ def run_demo(console: Console, max_tokens: int = 256) -> None:
                 status.update("the server is stopped")
     console.print(_table(results))
     console.print(
-        "The bundled target is so small that a step of the drafter costs about as much as one of the target: what "
-        "drafting saves here are target steps, not seconds."
+        "The bundled target is so small that drafting takes about as much time as it saves: what is saved here are "
+        "target steps, not seconds."
     )
     strict, plain = results
     same = sum(a == b for a, b in zip(strict.answers, plain.answers, strict=True))
