@@ -20,7 +20,7 @@ from rich.table import Table
 from vllm_lvspec.bench.videofacts.scene import Scene
 from vllm_lvspec.bench.videofacts.score import Score, score_answer
 from vllm_lvspec.bench.videofacts.tasks import make_task
-from vllm_lvspec.reference import CLIPS, TARGET
+from vllm_lvspec.reference import CLIPS, PAIRS, TARGET
 from vllm_lvspec.serving import Server, serve
 
 QUESTION = "Describe the video in full detail."
@@ -72,6 +72,7 @@ def run_demo(console: Console, max_tokens: int = 256) -> None:
         "256M",
         "--served-model-name",
         "reference",
+        *PAIRS["qwen2_5_vl"].server_arguments,
     ]
     results = []
     for name, arguments in (
