@@ -67,7 +67,7 @@ class BenchOptions:
 
 
 def run_bench(options: BenchOptions, console: Console, command: Sequence[str] = ()) -> Report:
-    """Run, write JSON, Markdown and PNG, and show a table. Raises ValueError for an option that can't work."""
+    """Run, write JSON, Markdown, PNG and answers, and show a table. Raises ValueError for an option that can't work."""
     _check(options)
     pair = PAIRS[options.family]
     is_reference = options.model is None
@@ -185,7 +185,7 @@ def _write_answers(path: Path, samples: Sequence[Sample], runs: dict[str, Policy
 
 def _check(options: BenchOptions) -> None:
     if options.json_path.suffix != ".json":
-        raise BenchError(f"json={str(options.json_path)!r}: must end in .json; .md and .png are written beside it")
+        raise BenchError(f"json={str(options.json_path)!r}: must end in .json; other files go beside it")
     if options.suite != VIDEOFACTS:
         raise BenchError(f"suite={options.suite!r}: must be {VIDEOFACTS}; other data go into dataset")
     if options.family not in PAIRS:

@@ -114,10 +114,10 @@ _BOUNDARY = re.compile(
     r"(?:,? and)?,? \b(?:shortly |soon |right )?(?:afterwards?|after (?:that|this|which))\b"
     r"|,? \b(and then|then|and|but|while|before|after|once|until)\b|,"
 )
-# Not before a noun: "the previously still circle" moves no earlier.
-_BEFORE_A_NOUN = r"(?<!\bthe )(?<!\ban )(?<!\ba )"
+# None right before: "the previously still circle" moves no earlier.
+_NO_ARTICLE = r"(?<!\bthe )(?<!\ban )(?<!\ba )"
 _EARLIER = re.compile(
-    rf"{_BEFORE_A_NOUN}\b(?:before (?:that|this|then)|prior to (?:that|this)|earlier|previously|beforehand)\b"
+    rf"{_NO_ARTICLE}\b(?:before (?:that|this|then)|prior to (?:that|this)|earlier|previously|beforehand)\b"
 )
 _NO_EVENT = r"(?! (?:ones?|time|glance|sight|half|objects?|shapes?|figures?|items?|things)\b)"
 _LEADS = {
@@ -126,11 +126,11 @@ _LEADS = {
         r"|subsequently|once this is over)\b"
     ),
     "first": re.compile(
-        rf"\bfirst(?: of all)?\b(?! of\b){_NO_EVENT}|{_BEFORE_A_NOUN}\binitially\b|\bto (?:begin|start) with\b"
+        rf"\bfirst(?: of all)?\b(?! of\b){_NO_EVENT}|{_NO_ARTICLE}\binitially\b|\bto (?:begin|start) with\b"
         r"|\b(?:at|in) the (?:very )?(?:start|beginning|opening)\b|\bearly on\b"
     ),
     "last": re.compile(
-        rf"\blast(?: of all)?\b(?! of\b){_NO_EVENT}|{_BEFORE_A_NOUN}\b(?:finally|lastly|eventually)\b"
+        rf"\blast(?: of all)?\b(?! of\b){_NO_EVENT}|{_NO_ARTICLE}\b(?:finally|lastly|eventually)\b"
         r"|\b(?:in|at|near|towards?) the (?:very )?end\b(?! of (?!the (?:video|clip|recording|sequence|footage)\b))"
     ),
 }
@@ -193,6 +193,9 @@ class _Story:
     def go_on(self, said: list[_Told]) -> None:
         self.told += said
         self._flashback = None
+
+    def put_before_last(self, said: list[_Told]) -> None:
+        self.told[-1:-1] = said
 
     def go_back(self, said: list[_Told]) -> None:
         """One flashback after another goes further back."""
@@ -338,7 +341,7 @@ def _read_events(sentence: str, colours: list[str], facts: set[Fact], story: _St
         elif is_back:
             story.stay_back(said)
         elif clause.word == "after" and has_told:
-            told[-1:-1] = said
+            story.put_before_last(said)
         elif clause is clauses[0] and re.search(r"\bbefore (?:the |an? )?@", head):
             later = said
         else:
@@ -354,7 +357,7 @@ def _lead(clause: _Clause, sentence: str) -> str:
     if last := _LAST_WORD.search(text.rstrip(" ,")):
         return last[1]
     before = f"{clause.word} {text[: text.index('@') if '@' in text else clause.verb.start() - clause.begin]}"
-    if re.search(r"(?<!\bthe )(?<!\ban )(?<!\ba )\bearlier\b", before):
+    if _EARLIER.search(before):
         return "earlier"
     rest = _LEADS["next"].sub("", before)
     if rest != before:
