@@ -17,7 +17,13 @@ from rich.table import Table
 
 from vllm_lvspec.kernels.acceptance import Chains, Rules, accept_reference, launch_accept
 from vllm_lvspec.kernels.advance_decode import advance_decode_reference, launch_advance_decode
-from vllm_lvspec.kernels.relevance import launch_relevance, relevance_reference
+from vllm_lvspec.kernels.relevance import (
+    VisualPages,
+    launch_mean_of_top,
+    launch_top_cosines,
+    mean_of_top_reference,
+    top_cosines_reference,
+)
 
 COPY_BYTES = 2**28
 VOCABULARY = 152064
@@ -36,16 +42,16 @@ class Case:
 def relevance_case(num_requests: int, num_drafted: int, num_visual: int, width: int, device: torch.device) -> Case:
     block_size = 16
     blocks = -(-num_visual // block_size)
-    features = torch.randn(num_requests * blocks, block_size, width, device=device, dtype=torch.bfloat16)
+    features = torch.randn(num_requests * blocks, block_size, 1, width, device=device, dtype=torch.bfloat16)
     queries = torch.randn(num_requests * num_drafted, width, device=device, dtype=torch.bfloat16)
     table = torch.randperm(num_requests * blocks, device=device).int().view(num_requests, blocks)
     positions = torch.arange(num_visual, device=device, dtype=torch.int32).repeat(num_requests)
     each = torch.arange(num_requests + 1, device=device, dtype=torch.int32)
-    batch = queries, each * num_drafted, features, table, positions, each * num_visual, 10
+    batch = queries, each * num_drafted, VisualPages(features, table, positions, each * num_visual), 10
     return Case(
         f"relevance, {num_requests} x {num_drafted} tokens, {num_visual} visual, {width} wide",
-        lambda: launch_relevance(*batch, num_drafted),
-        lambda: relevance_reference(*batch),
+        lambda: launch_mean_of_top(launch_top_cosines(*batch, num_drafted), 10),
+        lambda: mean_of_top_reference(top_cosines_reference(*batch), 10),
         num_requests * (num_visual + num_drafted) * width * 2,
     )
 

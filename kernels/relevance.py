@@ -2,12 +2,16 @@
 
 LVSpec (arXiv 2604.05650), A_s: the mean of the N largest cosines between the state of drafted token s and those of its
 request's visual tokens. N largest and not all, so that background patches don't dilute it.
+
+In two parts, because ranks may hold a share of the visual tokens each: `top_cosines` finds the largest of a share, and
+`mean_of_top` joins shares.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -16,8 +20,24 @@ from . import _package  # noqa: F401
 MAX_TOP_N = 128
 
 
+@dataclass(frozen=True)
+class VisualPages:
+    """Where the features of each request's visual tokens lie.
+
+    `features [num_blocks, block_size, num_heads, head_size]` in float32, float16 or bfloat16, of any strides but for
+    the last, which is 1 (a feature is all of a token's heads; states have one); `block_table [num_requests,
+    max_blocks]` int32; `positions [num_visual]` int32: places of each request's visual tokens in its sequence, one
+    request after another; `starts [num_requests + 1]` int32: where each request's begin in `positions`.
+    """
+
+    features: torch.Tensor
+    block_table: torch.Tensor
+    positions: torch.Tensor
+    starts: torch.Tensor
+
+
 @triton.jit
-def _partial_relevance_kernel(
+def _top_cosines_kernel(
     tops_ptr,  # [num_splits, num_queries, TOP]
     queries_ptr,
     queries_stride,
@@ -25,12 +45,14 @@ def _partial_relevance_kernel(
     features_ptr,
     features_block_stride,
     features_slot_stride,
+    features_head_stride,
     block_table_ptr,
     block_table_stride,
     visual_positions_ptr,
     visual_starts_ptr,
     num_queries,
     width,
+    head_size,
     block_size,
     TOP: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -73,7 +95,8 @@ def _partial_relevance_kernel(
             column = d + tl.arange(0, BLOCK_D)
             is_column = column < width
             query = tl.load(query_rows + column[None, :], mask=is_query[:, None] & is_column[None, :], other=0.0)
-            feature = tl.load(feature_rows + column[:, None], mask=is_visual[None, :] & is_column[:, None], other=0.0)
+            place = (column // head_size).to(tl.int64) * features_head_stride + column % head_size
+            feature = tl.load(feature_rows + place[:, None], mask=is_visual[None, :] & is_column[:, None], other=0.0)
             if INTERPRETED:  # the interpreter's `dot` multiplies bfloat16's bits
                 query, feature = query.to(tl.float32), feature.to(tl.float32)
             dot = tl.dot(query, feature, dot, input_precision="ieee")
@@ -95,10 +118,11 @@ def _partial_relevance_kernel(
 
 
 @triton.jit
-def _merge_relevance_kernel(
+def _mean_of_top_kernel(
     relevance_ptr,
     tops_ptr,
     num_queries,
+    num_splits,
     top_n,
     NUM_SPLITS: tl.constexpr,
     TOP: tl.constexpr,
@@ -107,7 +131,8 @@ def _merge_relevance_kernel(
     query = tl.program_id(0)
     place = tl.arange(0, NUM_SPLITS * TOP)
     rows = (place // TOP) * num_queries + query
-    values = tl.load(tops_ptr + rows.to(tl.int64) * TOP + place % TOP)
+    is_there = place // TOP < num_splits
+    values = tl.load(tops_ptr + rows.to(tl.int64) * TOP + place % TOP, mask=is_there, other=float("-inf"))
     is_bad = tl.max((values != values).to(tl.int32), axis=0)
     best = tl.topk(tl.where(values != values, float("-inf"), values)[None, :], TOP)
     counts = (tl.arange(0, TOP)[None, :] < top_n) & (best > float("-inf"))
@@ -116,83 +141,91 @@ def _merge_relevance_kernel(
     tl.store(relevance_ptr + query, tl.where((num == 0) | (is_bad > 0), float("nan"), mean))
 
 
-def relevance_reference(
-    queries: torch.Tensor,
-    query_starts: torch.Tensor,
-    features: torch.Tensor,
-    block_table: torch.Tensor,
-    visual_positions: torch.Tensor,
-    visual_starts: torch.Tensor,
-    top_n: int,
+def top_cosines_reference(
+    queries: torch.Tensor, query_starts: torch.Tensor, pages: VisualPages, top_n: int
 ) -> torch.Tensor:
-    """The same in PyTorch, a request's queries at a time."""
-    relevance = torch.full((len(queries),), float("nan"), device=queries.device)
-    starts, visuals = query_starts.tolist(), visual_starts.tolist()
+    """The same as `top_cosines` in PyTorch, a request at a time: `[1, num_queries, top_n]`."""
+    tops = torch.full((1, len(queries), top_n), float("-inf"), device=queries.device)
+    starts, visuals = query_starts.tolist(), pages.starts.tolist()
+    block_size = pages.features.shape[1]
     for r in range(len(starts) - 1):
         rows, seen = slice(starts[r], starts[r + 1]), slice(visuals[r], visuals[r + 1])
         if rows.start == rows.stop or seen.start == seen.stop:
             continue
-        positions = visual_positions[seen].long()
-        blocks = block_table[r].long()[positions // features.shape[1]]
-        keys = F.normalize(features[blocks, positions % features.shape[1]].float(), dim=-1)
-        cosines = F.normalize(queries[rows].float(), dim=-1) @ keys.T
-        largest = cosines.topk(min(top_n, len(positions)), dim=1).values.mean(1)
-        relevance[rows] = largest.masked_fill(cosines.isnan().any(1), float("nan"))
-    return relevance
+        positions = pages.positions[seen].long()
+        blocks = pages.block_table[r].long()[positions // block_size]
+        keys = pages.features[blocks, positions % block_size].flatten(1).float()
+        values = queries[rows].float()
+        norms = values.norm(dim=1, keepdim=True) * keys.norm(dim=1)
+        cosines = (values @ keys.T / norms).masked_fill_(norms == 0, 0.0)
+        count = min(top_n, len(positions))
+        # `topk` says nothing of how it orders what is no number.
+        largest = cosines.masked_fill(cosines.isnan(), float("-inf")).topk(count, dim=1).values
+        tops[0, rows, :count] = largest.masked_fill_(cosines.isnan().any(1, keepdim=True), float("nan"))
+    return tops
 
 
-def relevance(
-    queries: torch.Tensor,
-    query_starts: torch.Tensor,
-    features: torch.Tensor,
-    block_table: torch.Tensor,
-    visual_positions: torch.Tensor,
-    visual_starts: torch.Tensor,
-    top_n: int,
-    max_queries: int,
+def mean_of_top_reference(tops: torch.Tensor, top_n: int) -> torch.Tensor:
+    """The same as `mean_of_top` in PyTorch."""
+    values = tops.transpose(0, 1).flatten(1)
+    bad = values.isnan().any(1)
+    best = values.masked_fill(bad[:, None], float("-inf")).topk(min(top_n, values.shape[1]), dim=1).values
+    counts = best > float("-inf")
+    num = counts.sum(1)
+    mean = best.masked_fill(~counts, 0.0).sum(1) / num
+    return mean.masked_fill_(bad | (num == 0), float("nan"))
+
+
+def top_cosines(
+    queries: torch.Tensor, query_starts: torch.Tensor, pages: VisualPages, top_n: int, max_queries: int
 ) -> torch.Tensor:
-    """Mean of the `top_n` largest cosines of every query with its request's visual features: `[num_queries]`, float32.
+    """The largest cosines of every query with its request's visual features: `[num_splits, num_queries, >= top_n]`.
 
-    `queries [num_queries, width]` and `features [num_blocks, block_size, width]` in float32, float16 or bfloat16, last
-    dimensions contiguous; `query_starts`, `visual_starts [num_requests + 1]` int32, cumulated; `block_table
-    [num_requests, max_blocks]` int32; `visual_positions [num_visual]` int32: places of each request's visual tokens in
-    its sequence; `max_queries`: at least the largest number of queries of a request. NaN for a query whose request has
-    no visual token, and where a state is not a number. Raises ValueError where shapes don't fit.
+    `queries [num_queries, num_heads * head_size]`, last dimension contiguous; `query_starts [num_requests + 1]` int32,
+    cumulated; `max_queries`: at least the largest number of queries of a request. float32, in no order between splits;
+    -inf where there are fewer visual tokens, NaN throughout for a query with a cosine that is not a number. Raises
+    ValueError where shapes don't fit.
     """
-    num_requests = len(block_table)
-    if queries.shape[-1] != features.shape[-1] or {len(query_starts), len(visual_starts)} != {num_requests + 1}:
+    num_requests = len(pages.block_table)
+    width = pages.features.shape[2] * pages.features.shape[3]
+    if queries.shape[-1] != width or {len(query_starts), len(pages.starts)} != {num_requests + 1}:
         raise ValueError(
-            f"shapes differ: queries {tuple(queries.shape)}, features {tuple(features.shape)}, block_table "
-            f"{tuple(block_table.shape)}, query_starts {len(query_starts)}, visual_starts {len(visual_starts)}"
+            f"shapes differ: queries {tuple(queries.shape)}, features {tuple(pages.features.shape)}, block_table "
+            f"{tuple(pages.block_table.shape)}, query_starts {len(query_starts)}, starts {len(pages.starts)}"
         )
     if not 1 <= top_n <= MAX_TOP_N:
         raise ValueError(f"top_n={top_n}: must be from 1 to {MAX_TOP_N}")
-    arguments = queries, query_starts, features, block_table, visual_positions, visual_starts, top_n
-    return launch_relevance(*arguments, max_queries) if queries.is_cuda else relevance_reference(*arguments)
+    if queries.is_cuda:
+        return launch_top_cosines(queries, query_starts, pages, top_n, max_queries)
+    return top_cosines_reference(queries, query_starts, pages, top_n)
 
 
-def launch_relevance(
+def mean_of_top(tops: torch.Tensor, top_n: int) -> torch.Tensor:
+    """Mean of the `top_n` largest of `tops [num_splits, num_queries, size]`, or of all there are: `[num_queries]`.
+
+    float32; NaN for a query without any, and where any is NaN.
+    """
+    return launch_mean_of_top(tops, top_n) if tops.is_cuda else mean_of_top_reference(tops, top_n)
+
+
+def launch_top_cosines(
     queries: torch.Tensor,
     query_starts: torch.Tensor,
-    features: torch.Tensor,
-    block_table: torch.Tensor,
-    visual_positions: torch.Tensor,
-    visual_starts: torch.Tensor,
+    pages: VisualPages,
     top_n: int,
     max_queries: int,
     num_splits: int = 16,
 ) -> torch.Tensor:
-    """Launch the kernels: `num_splits` (a power of two) shares of a request's visual tokens, and their merge."""
+    """Launch the kernel with `num_splits` (a power of two) shares of each request's visual tokens."""
     num_queries, width = queries.shape
-    num_requests = len(block_table)
-    result = torch.full((num_queries,), float("nan"), dtype=torch.float32, device=queries.device)
-    if not num_queries:
-        return result
+    features, table = pages.features, pages.block_table
     top = max(2, triton.next_power_of_2(top_n))
     tops = torch.full((num_splits, num_queries, top), float("-inf"), dtype=torch.float32, device=queries.device)
+    if not num_queries:
+        return tops
     block_q = 16 if max_queries <= 16 else 32
-    grid = num_requests, triton.cdiv(max_queries, block_q), num_splits
-    _partial_relevance_kernel[grid](
+    grid = len(table), triton.cdiv(max_queries, block_q), num_splits
+    _top_cosines_kernel[grid](
         tops,
         queries,
         queries.stride(0),
@@ -200,12 +233,14 @@ def launch_relevance(
         features,
         features.stride(0),
         features.stride(1),
-        block_table,
-        block_table.stride(0),
-        visual_positions,
-        visual_starts,
+        features.stride(2),
+        table,
+        table.stride(0),
+        pages.positions,
+        pages.starts,
         num_queries,
         width,
+        features.shape[3],
         features.shape[1],
         TOP=top,
         BLOCK_Q=block_q,
@@ -213,5 +248,17 @@ def launch_relevance(
         BLOCK_D=64,
         INTERPRETED=not queries.is_cuda,
     )
-    _merge_relevance_kernel[(num_queries,)](result, tops, num_queries, top_n, NUM_SPLITS=num_splits, TOP=top)
+    return tops
+
+
+def launch_mean_of_top(tops: torch.Tensor, top_n: int) -> torch.Tensor:
+    """Launch the kernel; `tops` in `[num_splits, num_queries, size]` with a size that is a power of two."""
+    num_splits, num_queries, size = tops.shape
+    result = torch.empty(num_queries, dtype=torch.float32, device=tops.device)
+    if num_queries:
+        # Where ranks' shares were joined their number may be any.
+        padded = triton.next_power_of_2(num_splits)
+        _mean_of_top_kernel[(num_queries,)](
+            result, tops, num_queries, num_splits, top_n, NUM_SPLITS=padded, TOP=size
+        )
     return result

@@ -7,7 +7,7 @@ from triton.compiler import ASTSource, compile
 
 from vllm_lvspec.kernels.acceptance import _accept_kernel
 from vllm_lvspec.kernels.advance_decode import _advance_decode_kernel
-from vllm_lvspec.kernels.relevance import _merge_relevance_kernel, _partial_relevance_kernel
+from vllm_lvspec.kernels.relevance import _mean_of_top_kernel, _top_cosines_kernel
 
 KERNELS = {
     "accept": ASTSource(
@@ -55,8 +55,8 @@ KERNELS = {
         constexprs={"PAGE_SIZE": 16, "BLOCK": 128},
     ),
     **{
-        f"partial_relevance_{dtype}": ASTSource(
-            fn=_partial_relevance_kernel,
+        f"top_cosines_{dtype}": ASTSource(
+            fn=_top_cosines_kernel,
             signature={
                 "tops_ptr": "*fp32",
                 "queries_ptr": f"*{dtype}",
@@ -65,12 +65,14 @@ KERNELS = {
                 "features_ptr": f"*{dtype}",
                 "features_block_stride": "i32",
                 "features_slot_stride": "i32",
+                "features_head_stride": "i32",
                 "block_table_ptr": "*i32",
                 "block_table_stride": "i32",
                 "visual_positions_ptr": "*i32",
                 "visual_starts_ptr": "*i32",
                 "num_queries": "i32",
                 "width": "i32",
+                "head_size": "i32",
                 "block_size": "i32",
                 "TOP": "constexpr",
                 "BLOCK_Q": "constexpr",
@@ -82,12 +84,13 @@ KERNELS = {
         )
         for dtype in ("bf16", "fp16", "fp32")
     },
-    "merge_relevance": ASTSource(
-        fn=_merge_relevance_kernel,
+    "mean_of_top": ASTSource(
+        fn=_mean_of_top_kernel,
         signature={
             "relevance_ptr": "*fp32",
             "tops_ptr": "*fp32",
             "num_queries": "i32",
+            "num_splits": "i32",
             "top_n": "i32",
             "NUM_SPLITS": "constexpr",
             "TOP": "constexpr",
