@@ -10,6 +10,8 @@ setup(
         "vllm_lvspec.engine",
         "vllm_lvspec.kernels",
         "vllm_lvspec.reference",
+        "vllm_lvspec.verify",
+        "vllm_lvspec.verify.policies",
     ],
     # At the top of the repository the folder must not be a package called `kernels`: Hugging Face has one of that
     # name, and transformers looks for it. So it has no `__init__.py` and is installed under this package's name.

@@ -258,7 +258,5 @@ def launch_mean_of_top(tops: torch.Tensor, top_n: int) -> torch.Tensor:
     if num_queries:
         # Where ranks' shares were joined their number may be any.
         padded = triton.next_power_of_2(num_splits)
-        _mean_of_top_kernel[(num_queries,)](
-            result, tops, num_queries, num_splits, top_n, NUM_SPLITS=padded, TOP=size
-        )
+        _mean_of_top_kernel[(num_queries,)](result, tops, num_queries, num_splits, top_n, NUM_SPLITS=padded, TOP=size)
     return result

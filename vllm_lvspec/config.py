@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vllm_lvspec.draft.pruning import STRATEGIES
+from vllm_lvspec.kernels.relevance import MAX_TOP_N
+from vllm_lvspec.verify.guards import KINDS, WORDS
+from vllm_lvspec.verify.sources import AnchorSource
 
 METHOD: Literal["lvspec"] = "lvspec"
 MAX_SPECULATIVE_TOKENS = 128  # vLLM's rejection sampler takes no longer chains
@@ -31,8 +35,52 @@ class LVSpecConfig(BaseModel):
     num_speculative_tokens: int = Field(
         10, ge=1, le=MAX_SPECULATIVE_TOKENS, strict=True, description="K, the tokens drafted per step"
     )
-    policy: Literal["strict"] = Field(
-        "strict", description='how drafts are verified: "strict" emits what the target alone would emit'
+    policy: Literal["strict", "fly", "lvspec", "random"] = Field(
+        "lvspec",
+        description="how drafts are verified: strict emits what the target alone would emit; lvspec is strict on "
+        "tokens that the video decides, loose on the others; fly (arXiv 2511.22972) and random are there to compare with",
+    )
+    relaxation: float = Field(
+        0.8, ge=0, le=1, allow_inf_nan=False, description="lambda, the share of drafted tokens that are fillers"
+    )
+    max_relaxation: float = Field(
+        1.0, ge=0, le=1, allow_inf_nan=False, description="the largest relaxation that a request may ask for"
+    )
+    anchor_source: str = Field("hidden", description="whose states are compared with those of the video")
+    anchor_top_n: int = Field(
+        10, ge=1, le=MAX_TOP_N, strict=True, description="N, the number of largest cosines whose mean is the relevance"
+    )
+    anchor_threshold: float | None = Field(
+        None,
+        ge=-1,
+        le=1,
+        allow_inf_nan=False,
+        description="a relevance from which a token is an anchor whatever its rank; with relaxation=1 it alone decides",
+    )
+    anchor_projection: int | None = Field(
+        None, ge=8, strict=True, description="width to which states are projected before they are stored and compared"
+    )
+    probability_floor: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="least probability of a loosely accepted token, as a share of that of the target's best",
+    )
+    shift_window: int = Field(
+        2, ge=0, le=MAX_SPECULATIVE_TOKENS, strict=True, description="how far an anchor may have shifted; 0: not at all"
+    )
+    shift_direction: Literal["both", "back"] = Field(
+        "both", description="whether a shift may rest on a later choice of the target or on earlier ones only"
+    )
+    guards: tuple[str, ...] = Field(
+        (), description="kinds of words that are never accepted loosely: negation, number, order"
+    )
+    guard_languages: tuple[str, ...] = Field(("en",), description="languages whose lists of such words are used")
+    guard_words: dict[str, tuple[str, ...]] = Field({}, description="more such words, by kind")
+    fly_window: int = Field(6, ge=0, le=MAX_SPECULATIVE_TOKENS, strict=True, description="W of the policy fly")
+    fly_entropy: float = Field(
+        0.3, ge=0, allow_inf_nan=False, description="the entropy (nats) that policy fly asks for"
     )
     pruning: str = Field("uniform", description="which tokens of a video the drafter sees")
     pruning_ratio: float = Field(
@@ -58,6 +106,45 @@ class LVSpecConfig(BaseModel):
             raise ValueError(f"must be one of {', '.join(sorted(STRATEGIES))}")
         return value
 
+    @field_validator("anchor_source")
+    @classmethod
+    def _is_source(cls, value: str) -> str:
+        AnchorSource.parse(value)
+        return value
+
+    @field_validator("guards", "guard_languages", mode="before")
+    @classmethod
+    def _is_list(cls, value: Any) -> Any:
+        """A list, or its members joined by `+`, as shells like it better."""
+        return tuple(part for part in value.split("+") if part) if isinstance(value, str) else value
+
+    @field_validator("guards")
+    @classmethod
+    def _are_kinds(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _known(value, KINDS)
+
+    @field_validator("guard_languages")
+    @classmethod
+    def _are_languages(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _known(value, WORDS)
+
+    @field_validator("guard_words")
+    @classmethod
+    def _are_words_of_kinds(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        _known(tuple(value), KINDS)
+        return value
+
+    @model_validator(mode="after")
+    def _keeps_its_own_cap(self) -> LVSpecConfig:
+        if self.relaxation > self.max_relaxation:
+            raise ValueError(f"relaxation={self.relaxation}: must be at most max_relaxation={self.max_relaxation}")
+        return self
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether requests that ask for nothing may get other tokens than the target's."""
+        return self.policy == "fly" or (self.policy != "strict" and self.relaxation > 0)
+
     @classmethod
     def parse(cls, value: str | dict[str, Any]) -> LVSpecConfig:
         """Read the word `lvspec`, `lvspec:PATH`, or a dictionary with `"method": "lvspec"`.
@@ -76,6 +163,12 @@ class LVSpecConfig(BaseModel):
             raise LVSpecConfigError("; ".join(_explain(e) for e in error.errors())) from None
 
 
+def _known(values: tuple[str, ...], known: Iterable[str]) -> tuple[str, ...]:
+    if set(values) - set(known):
+        raise ValueError(f"must be of {', '.join(known)}")
+    return values
+
+
 def names_lvspec(value: object) -> bool:
     """Whether a `speculative_config`, as users write it, asks for this method."""
     if isinstance(value, str):
@@ -84,11 +177,13 @@ def names_lvspec(value: object) -> bool:
 
 
 def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"]) or "speculative_config"
+    if not error["loc"]:
+        return error["msg"].removeprefix("Value error, ")
+    key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = ", ".join(LVSpecConfig.model_fields)
         return f"{key}={error['input']!r}: unknown key; known keys are {known}"
-    field = LVSpecConfig.model_fields.get(key)
+    field = LVSpecConfig.model_fields.get(str(error["loc"][0]))
     meaning = f" ({field.description})" if field is not None else ""
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should be", "must be")
     return f"{key}={json.dumps(error['input'], default=repr)}: {message}{meaning}"

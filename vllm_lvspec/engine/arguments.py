@@ -97,6 +97,7 @@ def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) ->
             raise LVSpecConfigError(f"device={current_platform.device_type!r}: lvspec runs on CPUs and on CUDA or ROCm")
         # Only now: in a vLLM that was not tested these imports might fail, in words that help nobody.
         from vllm_lvspec.engine.compatibility import check_arguments, check_engine, resolve_drafter
+        from vllm_lvspec.engine.requests import checker_name
 
         config = LVSpecConfig.parse(settings)
         check_arguments(self)
@@ -112,6 +113,7 @@ def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) ->
             },
             "additional_config": {**self.additional_config, METHOD: json.loads(config.model_dump_json())},
             **dict.fromkeys(SHORT_OPTIONS),
+            "logits_processors": [checker_name(config)],
             "worker_cls": CPU_WORKER if current_platform.is_cpu() else GPU_WORKER,
         }
         original = {name: getattr(self, name) for name in translated}
@@ -124,14 +126,22 @@ def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) ->
                 setattr(self, name, value)
         check_engine(vllm_config, config)
         logger.info(
-            "lvspec: %s drafts %d tokens a step for %s (pruning=%s, pruning_ratio=%g); policy=strict: outputs are "
-            "those of the target alone.",
+            "lvspec: %s drafts %d tokens a step for %s (pruning=%s, pruning_ratio=%g); policy=%s%s",
             config.model,
             config.num_speculative_tokens,
             vllm_config.model_config.model,
             config.pruning,
             config.pruning_ratio,
+            config.policy,
+            "." if config.is_lossy else ": outputs are those of the target alone.",
         )
+        if config.is_lossy:
+            logger.warning(
+                "lvspec: policy=%s is lossy: answers may differ from what the model alone would say, and a fact may be "
+                "lost now and then; policy=strict loses nothing, and a request can ask for it "
+                '(vllm_xargs={"lvspec_policy": "strict"}).',
+                config.policy,
+            )
         return vllm_config
 
     return wrapper

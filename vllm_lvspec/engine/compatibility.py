@@ -14,6 +14,7 @@ from vllm.tokenizers.registry import get_tokenizer
 
 from vllm_lvspec.config import LVSpecConfig, LVSpecConfigError
 from vllm_lvspec.draft.pairs import KNOWN_PAIRS, default_draft_model
+from vllm_lvspec.verify.sources import AnchorSource
 
 
 def resolve_drafter(target: str) -> str:
@@ -116,6 +117,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "weight_transfer_config": (None,),
     "diffusion_config": (None,),
     "watermark_config": (None,),
+    "logits_processors": (None, []),
 }
 
 
@@ -150,6 +152,12 @@ def check_engine(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
     _check_vision(target, draft)
     _check_heads(vllm_config, draft)
     draft_vllm_config(vllm_config, draft)
+    size = vllm_config.parallel_config.tensor_parallel_size
+    _require(
+        size == 1 or AnchorSource.parse(config.anchor_source).kind != "value",
+        f"anchor_source={config.anchor_source!r}: each of {size} ranks has other heads' values; must be hidden where "
+        "tensor_parallel_size is above 1",
+    )
 
 
 def _require(condition: bool, message: str) -> None:

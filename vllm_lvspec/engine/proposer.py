@@ -144,18 +144,24 @@ class LVSpecProposer:
         }
 
 
-def visual_item(feature: MultiModalFeatureSpec) -> VisualItem:
-    """The drafter's view of one of vLLM's multimodal features."""
+def embedded_rows(feature: MultiModalFeatureSpec) -> np.ndarray:
+    """Indices among the prompt's tokens that the item's embeddings replace, ascending, int64 `[num_embeddings]`."""
     place = feature.mm_position
     rows = np.arange(place.length)
     if place.is_embed is not None:
         rows = np.flatnonzero(place.is_embed.numpy())
+    return rows + place.offset
+
+
+def visual_item(feature: MultiModalFeatureSpec) -> VisualItem:
+    """The drafter's view of one of vLLM's multimodal features."""
+    rows = embedded_rows(feature)
     has_pixels = feature.data is not None and PIXELS.get(feature.modality) in feature.data
     return VisualItem(
         identifier=feature.identifier,
         is_video=feature.modality == "video",
         grid=_grid(feature, len(rows)),
-        rows=rows + place.offset,
+        rows=rows,
         payload=feature if has_pixels else None,
     )
 

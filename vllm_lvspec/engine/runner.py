@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_lvspec.engine.proposer import LVSpecProposer
+from vllm_lvspec.engine.sampler import LVSpecRejectionSampler
+from vllm_lvspec.engine.verification import Verification
 
 
 @dataclass
@@ -34,6 +37,10 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         super().__init__(*args, **kwargs)
         self.step_times = StepTimes()
         self._step_started: float | None = None
+        self.verification = Verification(self)
+        self.rejection_sampler = LVSpecRejectionSampler(
+            self.sampler, self.speculative_config, self.device, self.verification
+        )
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         # vLLM asks this of the whole batch; the drafter limits each request by itself, so that one request near its
@@ -43,10 +50,12 @@ class LVSpecGPUModelRunner(GPUModelRunner):
     def _on_request_state_removed(self, req_id: str, req_state: CachedRequestState | None) -> None:
         super()._on_request_state_removed(req_id, req_state)
         self.drafter.release(req_id)
+        self.verification.release(req_id)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         for req_id in scheduler_output.preempted_req_ids or ():
             self.drafter.release(req_id)
+            self.verification.preempt(req_id)
         return super()._update_states(scheduler_output)
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
@@ -54,7 +63,19 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         # masks an empty tensor, does needless work, and dies of `top_k` without `top_p` where no GPU kernel masks it.
         if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
             spec_decode_metadata = None
+        if spec_decode_metadata is not None:
+            self.rejection_sampler.batch = self.verification.batch(spec_decode_metadata)
         return super()._sample(logits, spec_decode_metadata)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        if (state := self.execute_model_state) is not None:
+            self.verification.begin_step(state.scheduler_output, state.hidden_states, state.aux_hidden_states)
+        return super().sample_tokens(grammar_output)
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._bookkeeping_sync(*args, **kwargs)
+        self.verification.count(result[3])  # the tokens that are emitted, by request
+        return result
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         drafted = scheduler_output.scheduled_spec_decode_tokens
@@ -81,6 +102,11 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         # lengths are encoded together; one at a time they are fine.
         if self.model_config.hf_config.model_type == "llava_onevision":
             self.requires_sequential_video_encoding = True
+        self.verification.prepare_model()
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        self.verification.allocate(self.kv_cache_config)
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
         with self.drafter.reserved():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import torch
 from vllm.utils.mem_constants import GiB_bytes
@@ -13,11 +14,29 @@ from vllm_lvspec.engine.runner import LVSpecGPUModelRunner
 
 
 class LVSpecWorker(Worker):
-    """Counters for whoever asks through `collective_rpc`."""
+    """Counters for whoever asks through `collective_rpc`, and room for the features beside vLLM's KV cache."""
 
-    def lvspec_stats(self) -> dict[str, int]:
-        """What this rank's drafter has done, and what its caches hold."""
-        return self.model_runner.drafter.stats()
+    def init_device(self) -> None:
+        # Requests are checked where they come in; a runner that finds the checker's name refuses to speculate.
+        self.model_config.logits_processors = None
+        super().init_device()
+
+    def determine_available_memory(self) -> int:
+        available = super().determine_available_memory()
+        if self.cache_config.kv_cache_memory_bytes:
+            return available
+        return int(available * (1 - self._share_of_features()))
+
+    def _share_of_features(self) -> float:
+        return self.model_runner.verification.share_of_memory(self.get_kv_cache_spec())
+
+    def lvspec_stats(self) -> dict[str, Any]:
+        """What this rank's drafter and verifier have done, and what their caches hold."""
+        return {**self.model_runner.drafter.stats(), **self.model_runner.verification.stats()}
+
+    def lvspec_reasons(self) -> dict[str, dict[str, int]]:
+        """Tokens by reason, by request: those that run, and the last that have finished."""
+        return self.model_runner.verification.request_reasons()
 
     def lvspec_step_times(self) -> dict[str, float]:
         """`StepTimes` of this rank."""
@@ -39,10 +58,12 @@ class LVSpecGPUWorker(LVSpecWorker):
         gc.collect()
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
-        if available + transient > free:
+        share = self._share_of_features()
+        features = int(available * share / (1 - share))
+        if available + features + transient > free:
             raise LVSpecConfigError(
                 f"kv_cache_memory_bytes={self.cache_config.kv_cache_memory_bytes}: {free / GiB_bytes:.2f} GiB are free "
-                f"beside target and drafter, of which a step needs {transient / GiB_bytes:.2f}; lower it or "
-                "draft_cache_gib"
+                f"beside target and drafter, of which a step needs {transient / GiB_bytes:.2f} and features of visual "
+                f"tokens {features / GiB_bytes:.2f}; lower it or draft_cache_gib"
             )
         return available

@@ -1,0 +1,407 @@
+"""What the verifier needs of the runner's batch: rules and visual tokens of each request, features, states."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
+from vllm.model_executor.models.interfaces import EagleModelMixin
+from vllm.sampling_params import SamplingParams
+from vllm.tokenizers.registry import get_tokenizer
+from vllm.transformers_utils.config import try_get_generation_config
+from vllm.utils.mem_constants import GiB_bytes
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+from vllm_lvspec.config import LVSpecConfigError
+from vllm_lvspec.engine.arguments import lvspec_config
+from vllm_lvspec.engine.proposer import embedded_rows
+from vllm_lvspec.engine.requests import request_rules
+from vllm_lvspec.kernels.acceptance import EXACT, LOOSE, SHIFT, TARGET, Accepted
+from vllm_lvspec.kernels.relevance import VisualPages
+from vllm_lvspec.verify.features import FeatureCache, Layout, Projection, num_shares, tag_of
+from vllm_lvspec.verify.guards import guard_words, token_kinds
+from vllm_lvspec.verify.policies import POLICIES
+from vllm_lvspec.verify.rules import RequestRules
+from vllm_lvspec.verify.sources import AnchorSource
+from vllm_lvspec.verify.verifier import Choices, Verifier
+
+logger = init_logger("vllm.lvspec")
+
+REASONS = {"exact": EXACT, "loose": LOOSE, "shift": SHIFT, "target": TARGET}
+NUM_FINISHED = 1024  # requests whose counts are kept after their end
+
+
+@dataclass
+class _Request:
+    """What is known of a request while it runs.
+
+    `positions`, `tags [num_visual]`: places of its visual tokens in the prompt, ascending, and of which items they are;
+    `own`: this rank's share of the places, as the kernel counts them; `is_known`: whether all features are in the
+    cache, None where nobody has looked.
+    """
+
+    rules: RequestRules
+    num_items: int
+    positions: np.ndarray
+    tags: np.ndarray
+    own: torch.Tensor
+    is_known: bool | None = None
+    reasons: np.ndarray = field(default_factory=lambda: np.zeros(TARGET + 1, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step's requests in the batch's order, for the sampler."""
+
+    rules: Sequence[RequestRules]
+    queries: torch.Tensor | None  # [num_drafted, width], None where nobody's policy asks for relevance
+    pages: VisualPages | None
+    places: torch.Tensor  # [num_drafted]
+
+
+class Verification:
+    """Owns the feature cache, the verifier and the counts of one rank. `runner` is vLLM's model runner."""
+
+    def __init__(self, runner: Any):
+        self.runner = runner
+        vllm_config: VllmConfig = runner.vllm_config
+        self.vllm_config = vllm_config
+        self.config = lvspec_config(vllm_config)
+        self.source = AnchorSource.parse(self.config.anchor_source)
+        self.features: FeatureCache | None = None
+        self.project: Projection | None = None
+        self.reasons = np.zeros(TARGET + 1, dtype=np.int64)
+        self.counts = {"loose_requests": 0, "strict_requests": 0, "missing_features": 0}
+        self.finished: deque[tuple[str, list[int]]] = deque(maxlen=NUM_FINISHED)
+        self._requests: dict[str, _Request] = {}
+        self._states: torch.Tensor | None = None
+        self._pages: tuple[tuple, VisualPages] | None = None
+        self._accepted: Accepted | None = None
+        model = vllm_config.model_config
+        tokenizer = get_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
+        words = guard_words(self.config.guard_languages, self.config.guard_words)
+        kinds = token_kinds(tokenizer, model.get_vocab_size(), self._end_ids(tokenizer), words)
+        self.verifier = Verifier(self.config, kinds.to(runner.device))
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether any request may be verified by relevance."""
+        return POLICIES[self.config.policy].uses_relevance
+
+    def _end_ids(self, tokenizer: Any) -> set[int]:
+        model = self.vllm_config.model_config
+        generation = try_get_generation_config(model.model, model.trust_remote_code, model.revision)
+        ends = getattr(generation, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        return {i for i in (*ends, tokenizer.eos_token_id, model.hf_text_config.eos_token_id) if isinstance(i, int)}
+
+    # Features -----------------------------------------------------------------------------------------------------
+
+    def prepare_model(self) -> None:
+        """Have the target give the states of an inner layer, where these are compared."""
+        if self.source.kind != "layer" or not self.uses_features:
+            return
+        model = self.runner.get_model()
+        language = model.get_language_model()
+        decoder = getattr(language, "model", language)
+        depth = self.vllm_config.model_config.get_total_num_hidden_layers()
+        layer = self.source.layer or 0
+        if not isinstance(decoder, EagleModelMixin) or not 0 < layer <= depth:
+            raise LVSpecConfigError(
+                f"anchor_source={self.config.anchor_source!r}: {type(decoder).__name__} has {depth} layers and "
+                f"{'gives' if isinstance(decoder, EagleModelMixin) else 'does not give'} their states; must be hidden"
+                + (f" or layer:I with I from 1 to {depth}" if isinstance(decoder, EagleModelMixin) else "")
+            )
+        decoder._set_aux_hidden_state_layers((layer,))
+        self.runner.use_aux_hidden_state_outputs = True
+
+    def _width(self) -> int:
+        model = self.vllm_config.model_config
+        if self.source.kind == "embedding":
+            return self.runner.inputs_embeds_size
+        return model.get_hidden_size()
+
+    def _stores_features(self) -> bool:
+        return self.uses_features and self.source.kind != "value"
+
+    def _layout(self, num_blocks: int, block_size: int) -> Layout:
+        group = get_tp_group()
+        shares = num_shares(block_size, group.world_size) if self._stores_features() else 1
+        width = self.config.anchor_projection or self._width()
+        return Layout(num_blocks, block_size, width, group.rank_in_group if shares > 1 else 0, shares)
+
+    def share_of_memory(self, specs: Mapping[str, KVCacheSpec]) -> float:
+        """What part of the memory for KV cache and features is the features'."""
+        if not self._stores_features() or not specs:
+            return 0.0
+        block_size = next(iter(specs.values())).block_size
+        features = self._layout(1, block_size).bytes_per_block(self.vllm_config.model_config.dtype)
+        return features / (features + sum(spec.page_size_bytes for spec in specs.values()))
+
+    def allocate(self, kv_cache_config: KVCacheConfig) -> None:
+        """Make the feature cache beside vLLM's KV cache, with its blocks."""
+        self._pages = None
+        if not self.uses_features:
+            return
+        groups = kv_cache_config.kv_cache_groups
+        self.group_id = next((i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, FullAttentionSpec)), None)
+        if self.group_id is None:
+            raise LVSpecConfigError(
+                f'policy="{self.config.policy}": the target keeps no tokens of the whole video (no full attention); '
+                'must be "strict"'
+            )
+        spec = groups[self.group_id].kv_cache_spec
+        model = self.vllm_config.model_config
+        layout = self._layout(kv_cache_config.num_blocks, spec.block_size)
+        stored = self._stores_features()
+        self.features = FeatureCache(layout, model.dtype if stored else None, self.runner.device)
+        if stored:
+            if self.config.anchor_projection is not None:
+                self.project = Projection(self._width(), layout.width, model.dtype, self.runner.device)
+            logger.info_once(
+                "lvspec: features of visual tokens take %.3f GiB per rank: %d blocks of %d tokens, %d wide.",
+                self.features.num_bytes / GiB_bytes,
+                layout.num_blocks,
+                layout.slots_per_block,
+                layout.width,
+            )
+        else:
+            self._values = self._last_values(groups[self.group_id].layer_names[-1], spec)
+        if layout.num_shares > 1:
+            group = get_tp_group()
+            self.verifier.gather = lambda tops: group.all_gather(tops, dim=0)
+
+    def _last_values(self, layer_name: str, spec: FullAttentionSpec) -> torch.Tensor:
+        """The last layer's values as `[num_blocks, block_size, num_kv_heads, head_size]`, without a copy."""
+        cache = self.vllm_config.compilation_config.static_forward_context[layer_name].kv_cache
+        name = self.runner.attn_groups[self.group_id][0].backend.get_name()
+        num_blocks, heads, size, content = cache.shape
+        if size != spec.block_size or content != 2 * spec.head_size or cache.dtype.itemsize < 2:
+            raise LVSpecConfigError(
+                f"anchor_source={self.config.anchor_source!r}: values can't be read from this KV cache (kernel blocks "
+                f"of {size} tokens in blocks of {spec.block_size}, {cache.dtype}); must be hidden"
+            )
+        if name == "CPU_ATTN":  # keys of all slots, then values of all slots
+            cache = cache.view(num_blocks, heads, 2 * size, -1)[:, :, size:]
+        elif name == "FLASH_ATTN":
+            cache = cache[..., spec.head_size :]
+        else:
+            raise LVSpecConfigError(
+                f"anchor_source={self.config.anchor_source!r}: where {name} keeps values is not known; must be hidden"
+            )
+        return cache.transpose(1, 2)
+
+    # A step -------------------------------------------------------------------------------------------------------
+
+    def begin_step(self, scheduler_output: Any, hidden: torch.Tensor, inner: list[torch.Tensor] | None) -> None:
+        """Store the features of the visual tokens that this step has computed."""
+        self._accepted = None
+        self._states = None
+        if not self.uses_features:
+            return
+        num_tokens = scheduler_output.total_num_scheduled_tokens
+        if self.source.kind == "layer":
+            assert inner is not None
+            self._states = inner[0][:num_tokens]
+        elif self.source.kind == "embedding":
+            self._states = self.runner.inputs_embeds.gpu[:num_tokens]
+        else:
+            self._states = hidden[:num_tokens]
+        self._store(scheduler_output)
+
+    def _store(self, scheduler_output: Any) -> None:
+        assert self.features is not None
+        batch = self.runner.input_batch
+        table = batch.block_table[self.group_id].get_numpy_array()
+        layout = self.features.layout
+        rows, blocks, slots, first = [], [], [], 0
+        for i, req_id in enumerate(batch.req_ids):
+            state = self.runner.requests[req_id]
+            begin, first_row = state.num_computed_tokens, first
+            count = scheduler_output.num_scheduled_tokens[req_id]
+            first += count
+            request = self._request(state)
+            if not len(request.positions) or begin > request.positions[-1]:
+                continue
+            here = slice(*np.searchsorted(request.positions, (begin, begin + count)))
+            positions = request.positions[here]
+            self.features.note(table[i], positions, request.tags[here])
+            request.is_known = None
+            positions = positions[layout.own(positions)]
+            rows.append(positions - begin + first_row)
+            blocks.append(table[i, positions // layout.block_size])
+            slots.append(positions % layout.block_size // layout.num_shares)
+        if not rows or not self._stores_features():
+            return
+        assert self._states is not None
+        device = self._states.device
+        row_idx, block_idx, slot_idx = (
+            torch.from_numpy(np.concatenate(x).astype(np.int64)).to(device) for x in (rows, blocks, slots)
+        )
+        if len(row_idx):
+            self.features.write(self._projected(self._states[row_idx]), block_idx, slot_idx)
+
+    def _projected(self, states: torch.Tensor) -> torch.Tensor:
+        return states if self.project is None else self.project(states)
+
+    def _request(self, state: CachedRequestState) -> _Request:
+        request = self._requests.get(state.req_id)
+        if request is not None and request.num_items == len(state.mm_features):
+            return request
+        positions, tags = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for item in state.mm_features:
+            if item.modality in ("image", "video"):
+                positions.append(embedded_rows(item))
+                tags.append(np.full(len(positions[-1]), tag_of(item.identifier)))
+        places, items = np.concatenate(positions), np.concatenate(tags)
+        order = np.argsort(places, kind="stable")
+        places, items = places[order], items[order]
+        own = places
+        if self.features is not None:
+            own = places[self.features.layout.own(places)] // self.features.layout.num_shares
+        params = state.sampling_params
+        rules = request_rules(params, self.config) if params is not None else RequestRules()
+        new = _Request(
+            rules, len(state.mm_features), places, items,
+            torch.from_numpy(own.astype(np.int32)).to(self.runner.device),
+        )  # fmt: skip
+        if request is not None:  # a streaming session has gone on with a longer prompt
+            new.reasons = request.reasons
+        self._requests[state.req_id] = new
+        return new
+
+    def _rules_now(self, row: int, req_id: str) -> RequestRules:
+        """The request's rules; strict ones where it sees nothing, or where features are missing."""
+        state = self.runner.requests[req_id]
+        request = self._request(state)
+        if request.rules.is_strict or not request.rules.uses_relevance:
+            return request.rules
+        if not len(request.positions):
+            return request.rules.as_strict()
+        if request.is_known is None:
+            assert self.features is not None
+            table = self.runner.input_batch.block_table[self.group_id].get_numpy_array()
+            request.is_known = self.features.holds(table[row], request.positions, request.tags)
+            self.counts["missing_features"] += not request.is_known
+        return request.rules if request.is_known else request.rules.as_strict()
+
+    def batch(self, metadata: SpecDecodeMetadata) -> Batch | None:
+        """What the sampler needs, or None where all drafts are verified strictly."""
+        req_ids = self.runner.input_batch.req_ids
+        drafted = metadata.num_draft_tokens
+        rules = [self._rules_now(i, req_id) for i, req_id in enumerate(req_ids)]
+        loose = [bool(n) and not r.is_strict for r, n in zip(rules, drafted, strict=True)]
+        self.counts["loose_requests"] += sum(loose)
+        self.counts["strict_requests"] += sum(bool(n) for n in drafted) - sum(loose)
+        if not any(loose):
+            return None
+        rows = metadata.logits_indices[metadata.target_logits_indices].long()
+        places = self.runner.positions[rows] + 1
+        asking = [is_loose and r.uses_relevance for r, is_loose in zip(rules, loose, strict=True)]
+        if not any(asking):
+            return Batch(rules, None, None, places)
+        return Batch(rules, self._queries(rows, metadata), self._pages_of(req_ids, asking), places)
+
+    def _queries(self, rows: torch.Tensor, metadata: SpecDecodeMetadata) -> torch.Tensor:
+        if self.source.reads:
+            rows = rows + 1
+        if self.source.kind != "value":
+            assert self._states is not None
+            return self._projected(self._states[rows])
+        slots = self.runner.input_batch.block_table[self.group_id].slot_mapping.gpu[rows]
+        size = self._values.shape[1]
+        return self._values[slots // size, slots % size].flatten(1)
+
+    def _pages_of(self, req_ids: Sequence[str], asking: Sequence[bool]) -> VisualPages:
+        """Positions change only with the batch, block tables with every block: those are the runner's own."""
+        assert self.features is not None
+        key = tuple(req_id if asks else "" for req_id, asks in zip(req_ids, asking, strict=True))
+        features = self.features.features if self.features.features is not None else self._values
+        if self._pages is None or self._pages[0] != key:
+            nothing = torch.zeros(0, dtype=torch.int32, device=features.device)
+            own = [self._requests[req_id].own if req_id else nothing for req_id in key]
+            starts = torch.tensor([0, *np.cumsum([len(x) for x in own])], dtype=torch.int32).to(features.device)
+            self._pages = (key, VisualPages(features, nothing.view(0, 0), torch.cat(own), starts))
+        pages = self._pages[1]
+        table = self.runner.input_batch.block_table[self.group_id].get_device_tensor(len(req_ids))
+        return VisualPages(features, table, pages.positions, pages.starts)
+
+    def accept(self, choices: Choices, batch: Batch, max_drafted: int) -> torch.Tensor:
+        """Tokens that are emitted: `[num_requests, max_drafted + 1]` int32, -1 behind the last."""
+        relevance = None
+        if batch.queries is not None and batch.pages is not None:
+            relevance = self.verifier.relevance(batch.queries, choices.starts, batch.pages, max_drafted)
+        self._accepted = self.verifier.verify(choices, batch.rules, max_drafted, relevance)
+        return self._accepted.token_ids
+
+    # Counting -----------------------------------------------------------------------------------------------------
+
+    def count(self, emitted: Sequence[list[int]]) -> None:
+        """Count the reasons of a step's tokens, but for those that the scheduler cuts off at an end or a length."""
+        reasons = None if self._accepted is None else self._accepted.reasons.cpu().numpy()
+        max_model_len = self.vllm_config.model_config.max_model_len
+        for i, (req_id, tokens) in enumerate(zip(self.runner.input_batch.req_ids, emitted, strict=False)):
+            state = self.runner.requests.get(req_id)
+            if not tokens or state is None or state.sampling_params is None:
+                continue
+            request = self._request(state)
+            before = len(state.output_token_ids) - len(tokens)
+            length = min(state.sampling_params.max_tokens or max_model_len, max_model_len - state.num_prompt_tokens)
+            kept = min(_until_end(tokens, state.sampling_params), length - before)
+            if reasons is None:
+                found = np.full(len(tokens), EXACT)
+                found[-1] = TARGET
+            else:
+                found = reasons[i, : len(tokens)]
+            counted = np.bincount(found[: max(kept, 0)], minlength=TARGET + 1)
+            request.reasons += counted
+            self.reasons += counted
+
+    def preempt(self, req_id: str) -> None:
+        """The request's blocks are gone, and with them what is known of its features."""
+        if (request := self._requests.get(req_id)) is not None:
+            request.is_known = None
+
+    def release(self, req_id: str) -> None:
+        """Forget a request, but for its counts."""
+        if (request := self._requests.pop(req_id, None)) is not None:
+            self.finished.append((req_id, request.reasons[1:].tolist()))
+            self._pages = None
+
+    def stats(self) -> dict[str, Any]:
+        """Tokens by reason, requests' steps by how they were verified, and the stream's relevance."""
+        return {
+            **{f"tokens_{name}": int(self.reasons[reason]) for name, reason in REASONS.items()},
+            **self.counts,
+            "relevance_counts": self.verifier.relevance_counts.tolist(),
+            "feature_bytes": 0 if self.features is None else self.features.num_bytes,
+        }
+
+    def request_reasons(self) -> dict[str, dict[str, int]]:
+        """Tokens by reason of each running request, and of the last finished ones."""
+        counts = dict(self.finished)
+        counts |= {req_id: request.reasons[1:].tolist() for req_id, request in self._requests.items()}
+        return {req_id: dict(zip(REASONS, row, strict=True)) for req_id, row in counts.items()}
+
+
+def _until_end(tokens: list[int], params: SamplingParams) -> int:
+    """How many of `tokens` there are up to the first that ends the request."""
+    ends = {params.eos_token_id, *(params.stop_token_ids or ())}
+    if ends.isdisjoint(tokens):
+        return len(tokens)
+    return next(i for i, token in enumerate(tokens) if token in ends) + 1
+
+
+def cumulated(counts: torch.Tensor) -> torch.Tensor:
+    """vLLM's cumulated counts `[batch]` with a zero in front, int32."""
+    return F.pad(counts, (1, 0)).int()

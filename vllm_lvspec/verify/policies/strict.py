@@ -1,0 +1,5 @@
+"""Every drafted token must be the target's choice: lossless."""
+
+from vllm_lvspec.verify.policies import Policy
+
+STRICT = Policy()

@@ -1,0 +1,80 @@
+"""What each request allows, as the acceptance kernel takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_lvspec.config import LVSpecConfig
+from vllm_lvspec.kernels.acceptance import SPECIAL, Rules
+from vllm_lvspec.verify.guards import KINDS
+from vllm_lvspec.verify.policies import POLICIES
+
+
+@dataclass(frozen=True)
+class RequestRules:
+    """One request's policy and end tokens.
+
+    `stop_ids`: its own end tokens; `ends`: whether the model's end tokens end it (not under `ignore_eos`).
+    """
+
+    policy: str = "strict"
+    relaxation: float = 0.0
+    stop_ids: tuple[int, ...] = ()
+    ends: bool = True
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether nothing but the target's choices is ever emitted."""
+        return POLICIES[self.policy].score is None
+
+    @property
+    def uses_relevance(self) -> bool:
+        return POLICIES[self.policy].uses_relevance
+
+    def as_strict(self) -> RequestRules:
+        """The same request where nothing may be loose."""
+        return RequestRules("strict", 0.0, self.stop_ids, self.ends)
+
+
+def batch_rules(requests: Sequence[RequestRules], config: LVSpecConfig, kinds: torch.Tensor, max_drafted: int) -> Rules:
+    """`Rules` of a batch, on the device of `kinds`; chains may have up to `max_drafted` tokens.
+
+    Nobody shifts, and nothing is loose, where a request is strict or its relaxation is 0.
+    """
+    device = kinds.device
+    guards = SPECIAL
+    for name in config.guards:
+        guards |= KINDS[name]
+    num_stops = max([len(r.stop_ids) for r in requests] + [1])
+    policies = [POLICIES[r.policy] for r in requests]
+    loose = [
+        p.score is not None and not (p.shifts and r.relaxation == 0) for r, p in zip(requests, policies, strict=True)
+    ]
+    fillers = [
+        [policy.num_fillers(r.relaxation, k) if is_loose else 0 for k in range(max_drafted + 1)]
+        for r, policy, is_loose in zip(requests, policies, loose, strict=True)
+    ]
+    threshold = float("inf") if config.anchor_threshold is None else config.anchor_threshold
+
+    def each(values: Sequence, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+    return Rules(
+        num_fillers=each(fillers, torch.int32),
+        thresholds=each([threshold if p.uses_relevance else float("inf") for p in policies], torch.float32),
+        probability_floors=each(
+            [0.0 if r.policy == "fly" else config.probability_floor for r in requests], torch.float32
+        ),
+        windows=each(
+            [config.shift_window if p.shifts and is_loose else 0 for p, is_loose in zip(policies, loose, strict=True)],
+            torch.int32,
+        ),
+        guards=each([SPECIAL if r.policy == "fly" else guards for r in requests], torch.int32),
+        stop_ids=each([[*r.stop_ids, *[-1] * (num_stops - len(r.stop_ids))] for r in requests], torch.int32),
+        kinds=kinds,
+        ends=each([r.ends for r in requests], torch.bool),
+        back_only=config.shift_direction == "back",
+    )

@@ -1,0 +1,112 @@
+"""From what the target says of a step's drafted tokens to what is emitted: relevance, policies, acceptance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_lvspec.config import LVSpecConfig
+from vllm_lvspec.kernels.acceptance import Accepted, Chains, accept
+from vllm_lvspec.kernels.relevance import VisualPages, mean_of_top, top_cosines
+from vllm_lvspec.verify.policies import POLICIES, Evidence
+from vllm_lvspec.verify.rules import RequestRules, batch_rules
+
+NUM_BINS = 200  # of cosines from -1 to 1; one more counts what has no relevance
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the target says of drafted tokens, flat over requests.
+
+    `draft_ids`, `target_ids [num_drafted]` (the target's choice: its argmax, or by vLLM's rejection test the drafted or
+    the recovered token), `bonus_ids [num_requests]`, `starts [num_requests + 1]` int32, `exact [num_drafted]` bool,
+    `logits [num_drafted, vocab_size]` float32 after all processors, `places [num_drafted]` int64: where each drafted
+    token would stand in its sequence.
+    """
+
+    draft_ids: torch.Tensor
+    target_ids: torch.Tensor
+    bonus_ids: torch.Tensor
+    starts: torch.Tensor
+    exact: torch.Tensor
+    logits: torch.Tensor
+    places: torch.Tensor
+
+
+class Verifier:
+    """Applies the requests' rules. `gather` joins what all ranks have found along the first dimension."""
+
+    def __init__(
+        self,
+        config: LVSpecConfig,
+        kinds: torch.Tensor,
+        gather: Callable[[torch.Tensor], torch.Tensor] = lambda tops: tops,
+    ):
+        self.config = config
+        self.kinds = kinds
+        self.gather = gather
+        self.relevance_counts = torch.zeros(NUM_BINS + 1, dtype=torch.int64, device=kinds.device)
+        self._rules: tuple | None = None
+
+    def relevance(
+        self, queries: torch.Tensor, starts: torch.Tensor, pages: VisualPages, max_drafted: int
+    ) -> torch.Tensor:
+        """A_s of drafted tokens whose states are `queries`: `[num_drafted]`, float32 (LVSpec, arXiv 2604.05650)."""
+        tops = self.gather(top_cosines(queries, starts, pages, self.config.anchor_top_n, max_drafted))
+        relevance = mean_of_top(tops, self.config.anchor_top_n)
+        bins = ((relevance + 1) * (NUM_BINS / 2)).clamp(0, NUM_BINS - 1)
+        bins = torch.where(relevance.isnan(), float(NUM_BINS), bins).long()
+        self.relevance_counts.index_add_(0, bins, torch.ones_like(bins))
+        return relevance
+
+    def verify(
+        self,
+        choices: Choices,
+        requests: Sequence[RequestRules],
+        max_drafted: int,
+        relevance: torch.Tensor | None,
+    ) -> Accepted:
+        """What is emitted, and why. `relevance [num_drafted]`, or None where nobody's policy asks for it."""
+        rows = torch.arange(len(choices.draft_ids), device=choices.draft_ids.device)
+        if relevance is None:
+            relevance = torch.full((len(rows),), float("nan"), device=rows.device)
+        evidence = Evidence(
+            logits=choices.logits,
+            exact=choices.exact,
+            relevance=relevance,
+            starts=choices.starts,
+            requests=torch.searchsorted(choices.starts[1:], rows, right=True),
+            places=choices.places,
+        )
+        # Padding has no logit of its own; it is never free.
+        drafted = choices.logits.gather(1, choices.draft_ids.long().clamp(min=0)[:, None])[:, 0]
+        chains = Chains(
+            draft_ids=choices.draft_ids,
+            target_ids=choices.target_ids,
+            bonus_ids=choices.bonus_ids,
+            starts=choices.starts,
+            exact=choices.exact,
+            relevance=self._scores(evidence, requests),
+            relative_probs=(drafted - choices.logits.amax(1)).exp(),
+        )
+        key = (tuple(requests), max_drafted)
+        if self._rules is None or self._rules[0] != key:
+            self._rules = (key, batch_rules(requests, self.config, self.kinds, max_drafted))
+        return accept(chains, self._rules[1])
+
+    def _scores(self, evidence: Evidence, requests: Sequence[RequestRules]) -> torch.Tensor:
+        """Each request's drafted tokens by its own policy; strict ones by any: all of their tokens are anchors."""
+        names = sorted({r.policy for r in requests if not r.is_strict})
+        scores = evidence.relevance
+        for i, name in enumerate(names):
+            score = POLICIES[name].score
+            assert score is not None
+            found = score(evidence, self.config)
+            if i == 0:
+                scores = found
+            else:
+                mine = torch.tensor([r.policy == name for r in requests]).to(found.device)
+                scores = torch.where(mine[evidence.requests], found, scores)
+        return scores
