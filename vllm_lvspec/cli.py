@@ -46,9 +46,14 @@ def bench(
         str | None, typer.Option(help="instead of a suite: a folder with videos and .jsonl files, or hf:NAME")
     ] = None,
     samples: Annotated[int | None, typer.Option(help="videos of the suite (20), or questions of the dataset")] = None,
-    seed: Annotated[int, typer.Option(help="of the suite's scenes, 0 to 99")] = 1,
+    seed: Annotated[str, typer.Option(help="of the suite's scenes, 0 to 99; several with commas between them")] = "1",
     tasks: Annotated[str, typer.Option(help="kinds of questions")] = "caption,description,question,choice",
-    policies: Annotated[str, typer.Option(help="peers: ar, ngram, strict")] = "ar,strict",
+    policies: Annotated[
+        str,
+        typer.Option(
+            help="peers: ar, ngram, strict, fly, lvspec, random; also with settings, lvspec:relaxation=0.5:guards=order"
+        ),
+    ] = "ar,strict,lvspec",
     family: Annotated[str, typer.Option(help="bundled pair: qwen2_5_vl, llava_onevision")] = "qwen2_5_vl",
     model: Annotated[str | None, typer.Option(help="another target: a folder or a name of the hub")] = None,
     draft: Annotated[str | None, typer.Option(help="another drafter")] = None,
@@ -60,7 +65,15 @@ def bench(
     spec_tokens: Annotated[int, typer.Option(help="K, the tokens drafted per step")] = 10,
     pruning: Annotated[str, typer.Option(help="the drafter's view of the video")] = "uniform",
     pruning_ratio: Annotated[float, typer.Option(help="share of a video's tokens the drafter does not see")] = 0.9,
+    relaxation: Annotated[
+        float | None, typer.Option(help="lambda, the share of drafted tokens that are fillers")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="any other setting of the plugin's policies, key=value; repeatable"),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="per answer")] = 256,
+    min_tokens: Annotated[int, typer.Option(help="per answer")] = 0,
     num_frames: Annotated[int | None, typer.Option(help="per video; what the bundled pair knows, else 32")] = None,
     video_key: Annotated[str, typer.Option(help="of a dataset's lines")] = "video",
     prompt_key: Annotated[str, typer.Option(help="of a dataset's lines")] = "prompt",
@@ -68,29 +81,40 @@ def bench(
     restart: Annotated[bool, typer.Option(help="forget the answers of a run that was stopped")] = False,
 ) -> None:
     """Compare ways to decode on the same questions: accepted length, speed, and facts kept."""
-    from vllm_lvspec.bench.command import BenchError, BenchOptions, parse_engine_arguments, run_bench
-    from vllm_lvspec.bench.peers import DraftSettings
+    from vllm_lvspec.bench.command import (
+        BenchError,
+        BenchOptions,
+        parse_engine_arguments,
+        parse_seeds,
+        parse_settings,
+        run_bench,
+    )
+    from vllm_lvspec.bench.peers import DraftSettings, PeerError
     from vllm_lvspec.bench.run import JournalError
     from vllm_lvspec.bench.samples import DatasetError
     from vllm_lvspec.config import LVSpecConfigError
 
     console = Console()
     try:
+        more = parse_settings(settings or [])
+        if relaxation is not None:
+            more["relaxation"] = relaxation
         options = BenchOptions(
             json_path=json_path,
             suite=suite,
             dataset=dataset,
             samples=samples,
-            seed=seed,
+            seeds=parse_seeds(seed),
             tasks=tasks.split(","),
             policies=policies.split(","),
             family=family,
             model=model,
-            draft=DraftSettings(draft, spec_tokens, pruning, pruning_ratio),
+            draft=DraftSettings(draft, spec_tokens, pruning, pruning_ratio, more),
             shape=shape,
             dtype=dtype,
             batch_size=batch_size,
             max_tokens=max_tokens,
+            min_tokens=min_tokens,
             num_frames=num_frames,
             video_key=video_key,
             prompt_key=prompt_key,
@@ -98,7 +122,7 @@ def bench(
             restart=restart,
         )
         run_bench(options, console)
-    except (BenchError, DatasetError, JournalError, LVSpecConfigError) as error:
+    except (BenchError, DatasetError, JournalError, LVSpecConfigError, PeerError) as error:
         console.print(str(error), style="red", highlight=False, markup=False)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:

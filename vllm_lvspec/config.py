@@ -37,8 +37,8 @@ class LVSpecConfig(BaseModel):
     )
     policy: Literal["strict", "fly", "lvspec", "random"] = Field(
         "lvspec",
-        description="how drafts are verified: strict emits what the target alone would emit; lvspec is strict on "
-        "tokens that the video decides, loose on the others; fly (arXiv 2511.22972) and random are there to compare with",
+        description="how drafts are verified: strict emits what the target alone would emit; lvspec is strict on what "
+        "the video decides and loose on the rest; fly (arXiv 2511.22972) and random are there to compare with",
     )
     relaxation: float = Field(
         0.8, ge=0, le=1, allow_inf_nan=False, description="lambda, the share of drafted tokens that are fillers"

@@ -21,7 +21,7 @@ def out(tmp_path_factory):
     options = BenchOptions(
         json_path=path,
         samples=2,
-        seed=71,
+        seeds=[71],
         tasks=["caption", "choice"],
         policies=["ar", "ngram", "strict"],
         draft=DraftSettings(num_speculative_tokens=6),
@@ -87,7 +87,7 @@ def test_any_folder_of_videos_runs_and_goes_on_where_it_was_stopped(tmp_path, mo
     assert report.policies["strict"].wall_seconds >= 2 * report.policies["strict"].first_token_seconds
     assert report.policies["strict"].truncated == 2
     assert report.policies["strict"].fact_accuracy is None
-    assert report.settings.seed is None
+    assert report.settings.seeds == []
 
 
 def test_the_command_names_wrong_options():

@@ -12,9 +12,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from vllm_lvspec.bench.command import BenchError, BenchOptions, kv_cache_bytes, parse_engine_arguments, run_bench
-from vllm_lvspec.bench.peers import PEERS, DraftSettings
-from vllm_lvspec.bench.report import markdown, plot
+from vllm_lvspec.bench.command import (
+    BenchError,
+    BenchOptions,
+    kv_cache_bytes,
+    parse_engine_arguments,
+    parse_seeds,
+    parse_settings,
+    run_bench,
+)
+from vllm_lvspec.bench.peers import PEERS, DraftSettings, speculative_config
+from vllm_lvspec.bench.report import markdown, pareto, plot
 from vllm_lvspec.bench.results import Environment, Report, Settings, json_schema, summarise
 from vllm_lvspec.bench.run import Answer, Journal, JournalError, PolicyRun, StepTimes
 from vllm_lvspec.bench.samples import DatasetError, dataset, videofacts
@@ -27,10 +35,10 @@ ENVIRONMENT = Environment(date="2026-01-01", command="lvspec bench", versions={}
 
 def settings_for(samples, policies, **changes) -> Settings:
     values = dict(
-        suite="videofacts", samples=len(samples), videos=len({s.video_name for s in samples}), seed=1,
+        suite="videofacts", samples=len(samples), videos=len({s.video_name for s in samples}), seeds=[1],
         tasks=["caption"],
         policies=policies, model="target", draft="draft", shape=None, dtype="float32", batch_size=1,
-        num_speculative_tokens=10, pruning="uniform", pruning_ratio=0.9, max_tokens=256, num_frames=24, engine={},
+        num_speculative_tokens=10, pruning="uniform", pruning_ratio=0.9, more={}, max_tokens=256, min_tokens=0, num_frames=24, engine={},
     )  # fmt: skip
     return Settings(**{**values, **changes})
 
@@ -153,6 +161,52 @@ def test_answers_of_one_token_have_no_speed_and_break_nothing(tmp_path):
     plot(report, tmp_path / "out.png")
 
 
+def test_reasons_are_the_plugins_own_where_it_counts_them(report):
+    samples = videofacts(2, 1, ["caption", "choice"])
+    counted = {"exact": 60, "loose": 20, "shift": 1, "target": 20}
+    loose = [replace(answer("lvspec", s.name, 101, 20, 3.0), reasons=counted) for s in samples]
+    run = PolicyRun(loose, StepTimes(80, 8.0, 4.0), [0] * 150 + [4, 0, 4] + [0] * 47 + [9])
+    result = summarise({"lvspec": run}, samples, settings_for(samples, ["lvspec"]), ENVIRONMENT).policies["lvspec"]
+    assert result.reasons == {"exact": 240, "loose": 80, "shift": 4, "target": 80}
+    assert result.relevance["0.3"] == pytest.approx(0.5) and result.relevance["0.9"] == pytest.approx(0.52)
+    assert report.policies["strict"].relevance is None
+
+
+def test_figures_are_given_by_seed_too(report):
+    samples = videofacts(2, 1, ["caption"]) + videofacts(3, 2, ["caption"])
+    steps = [10, 10, 20, 20, 20]
+    run = PolicyRun([answer("strict", s.name, 101, n, 1.0) for s, n in zip(samples, steps, strict=True)], None)
+    policy = summarise({"strict": run}, samples, settings_for(samples, ["strict"]), ENVIRONMENT).policies["strict"]
+    assert {seed: (f.answers, f.mean_accepted_length) for seed, f in policy.seeds.items()} == {
+        "1": (2, 10),
+        "2": (3, 5),
+    }
+
+
+def test_false_statements_are_counted_where_they_stand():
+    (sample,) = videofacts(1, 1, ["caption"])
+    scene = Scene.from_seed(int(sample.video_name))
+    true = _true_answer(scene, sample)
+    padding = " It is calm." * 60
+    text = true + padding + " Next, the violet circle vanishes."
+    claims = sample.claims(text)
+    assert sum(c.wrong for c in claims[:-2]) == 0 and sum(c.right for c in claims) > 8
+    assert sum(c.wrong for c in claims) > 0 and text[claims[-2].begin :].lstrip().startswith("Next")
+    run = PolicyRun([answer("strict", sample.name, 300, 50, 1.0, text)], None)
+    policy = summarise({"strict": run}, [sample], settings_for([sample], ["strict"]), ENVIRONMENT).policies["strict"]
+    assert policy.stretches[0].precision == 1 and policy.stretches[-1].precision < 1
+    assert policy.stretches[-1].begin == 250
+
+
+def test_the_pareto_plot_needs_points_to_compare(report, tmp_path):
+    pareto(report, tmp_path / "few.png")
+    assert not (tmp_path / "few.png").exists()
+    strict = report.policies["strict"]
+    more = {f"lvspec:relaxation={r}": strict for r in (0, 0.5)}
+    pareto(report.model_copy(update={"policies": {**report.policies, **more}}), tmp_path / "several.png")
+    assert (tmp_path / "several.png").stat().st_size > 5000
+
+
 # Journal --------------------------------------------------------------------------------------------------------------
 
 
@@ -160,13 +214,14 @@ def test_a_journal_goes_on_where_it_was(tmp_path):
     path = tmp_path / "run.partial"
     first = Journal(path, {"seed": 1})
     first.add(asdict(answer("ar", "a", 3, 2, 1.0)))
-    first.add({"policy": "ar", "times": {"steps": 2}})
+    first.add({"policy": "ar", "times": {"steps": 2}, "relevance": [1, 2]})
     with path.open("a") as file:
         file.write('{"policy": "ar", "samp')  # killed while writing
     again = Journal(path, {"seed": 1})
     assert again.resumed
     assert again.answers["ar"]["a"].token_ids == [0, 1, 2]
     assert again.times["ar"] == {"steps": 2}
+    assert again.relevance["ar"] == [1, 2]
     again.add(asdict(answer("ar", "b", 3, 2, 1.0)))
     assert set(Journal(path, {"seed": 1}).answers["ar"]) == {"a", "b"}
 
@@ -200,7 +255,7 @@ def stopped_run(folder, monkeypatch):
     """A run over `folder` that was stopped after the first of two questions, and a way to repeat it; no engines."""
     asked = []
 
-    def fake_ask(policies, samples, model, draft, batch_size, max_tokens, engine, journal, **progress):
+    def fake_ask(policies, samples, model, draft, batch_size, max_tokens, min_tokens, engine, journal, **progress):
         known = journal.answers["ar"]
         for sample in samples:
             if sample.name not in known:
@@ -364,7 +419,13 @@ def test_wrong_lines_are_named(folder, line, message):
         ({"policies": ["ngram"], "draft": DraftSettings(num_speculative_tokens=0)}, "num_speculative_tokens=0: must"),
         ({"engine_arguments": {"speculative_config": "lvspec"}}, "speculative_config='lvspec': leave it out; policies"),
         ({"engine_arguments": {"hf_overrides": {}}, "shape": "7b"}, "hf_overrides={}: leave it out; shape says it"),
-        ({"seed": 100}, "seed=100: must be from 0 to 99"),
+        ({"seeds": [100]}, "seed=100: must be from 0 to 99"),
+        ({"seeds": [3, 3]}, "seed='3,3': must be one or more, each once"),
+        ({"min_tokens": 300}, "min_tokens=300: must be from 0 to max_tokens=256"),
+        ({"policies": ["ar:relaxation=1"]}, "policies='ar:relaxation=1': ar has no settings"),
+        ({"policies": ["lvspec:loose"]}, "policies='lvspec:loose': 'loose' must be key=value"),
+        ({"policies": ["lvspec:relaxation=2"]}, "relaxation=2: must be less than or equal to 1"),
+        ({"draft": DraftSettings(more={"guards": "verbs"})}, 'guards="verbs": must be of negation, number, order'),
         ({"tasks": ["caption", "poem"]}, "tasks='caption,poem': must be one or more of caption"),
         ({"dataset": "nowhere"}, "dataset='nowhere': no such folder"),
         ({"draft": DraftSettings(pruning="some")}, "pruning="),
@@ -403,6 +464,26 @@ def test_engine_arguments_are_an_object():
     for text in ("[", "[1]"):
         with pytest.raises(BenchError, match="engine="):
             parse_engine_arguments(text)
+
+
+def test_peers_may_have_settings_of_their_own():
+    shared = DraftSettings("DRAFT", more={"relaxation": 0.5, "shift_window": 0})
+    assert speculative_config("ar", shared) is None
+    config = speculative_config("lvspec:relaxation=0.7:guards=negation+order:num_speculative_tokens=6", shared)
+    parsed = LVSpecConfig.parse(config)
+    assert (parsed.relaxation, parsed.shift_window, parsed.num_speculative_tokens) == (0.7, 0, 6)
+    assert parsed.guards == ("negation", "order")
+    source = speculative_config("lvspec:anchor_source=layer:4:read:anchor_top_n=1", shared)
+    assert (source["anchor_source"], source["anchor_top_n"]) == ("layer:4:read", 1)
+
+
+def test_settings_and_seeds_are_read_from_the_command_line():
+    assert parse_settings(["guards=order", "shift_window=3"]) == {"guards": "order", "shift_window": 3}
+    assert parse_seeds("1,22") == [1, 22]
+    with pytest.raises(BenchError, match="set='guards': must be key=value"):
+        parse_settings(["guards"])
+    with pytest.raises(BenchError, match="seed='1;2': must be a number"):
+        parse_seeds("1;2")
 
 
 def test_every_policy_of_the_verifier_is_a_peer():

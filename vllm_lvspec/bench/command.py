@@ -20,13 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import AutoConfig, PretrainedConfig
 
-from vllm_lvspec.bench.peers import PEERS, DraftSettings
-from vllm_lvspec.bench.report import markdown, plot
+from vllm_lvspec.bench.peers import DraftSettings, setting, speculative_config
+from vllm_lvspec.bench.report import markdown, pareto, plot
 from vllm_lvspec.bench.results import Environment, Report, Settings, summarise
 from vllm_lvspec.bench.run import Journal, PolicyRun, run_policies
 from vllm_lvspec.bench.samples import Sample, dataset, videofacts
 from vllm_lvspec.bench.videofacts.tasks import TASKS
-from vllm_lvspec.config import MAX_SPECULATIVE_TOKENS, METHOD, LVSpecConfig
+from vllm_lvspec.config import MAX_SPECULATIVE_TOKENS
 from vllm_lvspec.reference import PAIRS
 from vllm_lvspec.reference.upscale import TEXT_SHAPES, TextShape, text_shape, upscaled
 
@@ -49,7 +49,7 @@ class BenchOptions:
     suite: str = VIDEOFACTS
     dataset: str | None = None
     samples: int | None = None
-    seed: int = 1
+    seeds: Sequence[int] = (1,)
     tasks: Sequence[str] = TASKS
     policies: Sequence[str] = ("ar", "strict")
     family: str = "qwen2_5_vl"
@@ -59,6 +59,7 @@ class BenchOptions:
     dtype: str | None = None
     batch_size: int = 1
     max_tokens: int = 256
+    min_tokens: int = 0
     num_frames: int | None = None
     video_key: str = "video"
     prompt_key: str = "prompt"
@@ -67,7 +68,7 @@ class BenchOptions:
 
 
 def run_bench(options: BenchOptions, console: Console, command: Sequence[str] = ()) -> Report:
-    """Run, write JSON, Markdown, PNG and answers, and show a table. Raises ValueError for an option that can't work."""
+    """Run, write JSON, Markdown, plots and answers, show a table. Raises ValueError for an option that can't work."""
     _check(options)
     pair = PAIRS[options.family]
     is_reference = options.model is None
@@ -83,7 +84,7 @@ def run_bench(options: BenchOptions, console: Console, command: Sequence[str] = 
         suite=options.dataset or options.suite,
         samples=len(samples),
         videos=len({s.video_name for s in samples}),
-        seed=None if options.dataset else options.seed,
+        seeds=[] if options.dataset else list(options.seeds),
         tasks=list(dict.fromkeys(s.task for s in samples)),
         policies=list(options.policies),
         model=model if options.model else f"{options.family}/target",
@@ -94,7 +95,9 @@ def run_bench(options: BenchOptions, console: Console, command: Sequence[str] = 
         num_speculative_tokens=draft.num_speculative_tokens,
         pruning=draft.pruning,
         pruning_ratio=draft.pruning_ratio,
+        more=draft.more,
         max_tokens=options.max_tokens,
+        min_tokens=options.min_tokens,
         num_frames=num_frames,
         engine=engine,
     )
@@ -122,6 +125,7 @@ def run_bench(options: BenchOptions, console: Console, command: Sequence[str] = 
             draft,
             options.batch_size,
             options.max_tokens,
+            options.min_tokens,
             engine,
             journal,
             on_start=lambda p: progress.update(bars[p], state="engine starts"),
@@ -131,10 +135,12 @@ def run_bench(options: BenchOptions, console: Console, command: Sequence[str] = 
     options.json_path.write_text(report.model_dump_json(indent=1) + "\n")
     options.json_path.with_suffix(".md").write_text(markdown(report))
     plot(report, options.json_path.with_suffix(".png"))
+    pareto(report, options.json_path.with_suffix(".pareto.png"))
     _write_answers(options.json_path.with_suffix(".answers.jsonl"), samples, runs)
     partial.unlink()
     console.print(_table(report))
-    written = (options.json_path.with_suffix(suffix) for suffix in (".json", ".md", ".png", ".answers.jsonl"))
+    suffixes = (".json", ".md", ".png", ".pareto.png", ".answers.jsonl")
+    written = (path for path in map(options.json_path.with_suffix, suffixes) if path.exists())
     console.print(f"written: {', '.join(map(str, written))}")
     return report
 
@@ -198,11 +204,11 @@ def _check(options: BenchOptions) -> None:
     if options.dtype not in _DTYPES:
         raise BenchError(f"dtype={options.dtype!r}: must be one of {', '.join(d for d in _DTYPES if d)}")
     for policy in options.policies:
-        if policy not in PEERS:
-            raise BenchError(f"policies={policy!r}: must be of {', '.join(PEERS)}")
-        config = PEERS[policy](options.draft)
-        if config is not None and config["method"] == METHOD:
-            LVSpecConfig.parse(config)
+        speculative_config(policy, options.draft)
+    if not 0 <= options.min_tokens <= options.max_tokens:
+        raise BenchError(f"min_tokens={options.min_tokens}: must be from 0 to max_tokens={options.max_tokens}")
+    if len(set(options.seeds)) < len(options.seeds) or not options.seeds:
+        raise BenchError(f"seed={','.join(map(str, options.seeds))!r}: must be one or more, each once")
     said_by = {"model": "model", "dtype": "dtype", "max_num_seqs": "batch_size", "speculative_config": "policies"}
     if options.shape is not None:
         said_by |= {"hf_overrides": "shape", "load_format": "shape"}
@@ -229,7 +235,8 @@ def _check_models(model: str, draft: str | None) -> None:
 
 def _samples(options: BenchOptions, num_frames: int) -> list[Sample]:
     if options.dataset is None:
-        return videofacts(options.samples or 20, options.seed, options.tasks, num_frames)
+        count = options.samples or 20
+        return [s for seed in options.seeds for s in videofacts(count, seed, options.tasks, num_frames)]
     return dataset(options.dataset, options.samples, num_frames, options.video_key, options.prompt_key)
 
 
@@ -301,6 +308,25 @@ def _table(report: Report) -> Table:
             shown(p.same_answers, 3),
         )
     return table
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """`key=value` each; raises BenchError where one is none."""
+    settings = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise BenchError(f"set={text!r}: must be key=value")
+        settings[key] = setting(value)
+    return settings
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Whole numbers between commas; raises BenchError where one is none."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise BenchError(f"seed={text!r}: must be a number, or several with commas between them") from None
 
 
 def parse_engine_arguments(text: str) -> dict[str, Any]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from vllm_lvspec.bench.results import Figures, Report
+from vllm_lvspec.bench.results import Figures, PolicyResult, Report
 
 _TEMPLATE = """\
 # {{ settings.suite }}: {{ settings.videos }} videos, {{ settings.samples }} questions\
-{% if settings.seed is not none %}, seed {{ settings.seed }}{% endif %}
+{% if settings.seeds %}, seed{{ "s" if settings.seeds | length > 1 }} {{ settings.seeds | join(", ") }}{% endif %}
 
 
 Target `{{ settings.model }}`{% if settings.shape %} in the shape {{ settings.shape }}{% endif %}, drafter \
@@ -43,6 +44,26 @@ batch size {{ settings.batch_size }}, greedy, {{ settings.num_frames }} frames. 
 {{ figure(f, "retention", 3) }} |
 {% endfor %}{% endfor %}
 
+{% if settings.seeds | length > 1 -%}
+## By seed
+
+| policy | seed | tokens per target step | facts | order | retention |
+|---|---|---|---|---|---|
+{% for name, p in policies.items() %}{% for seed, f in p.seeds.items() -%}
+| {{ name }} | {{ seed }} | {{ figure(f, "mean_accepted_length", 2) }} | {{ figure(f, "fact_accuracy", 3) }} | \
+{{ figure(f, "order_accuracy", 3) }} | {{ figure(f, "retention", 4) }} |
+{% endfor %}{% endfor %}
+
+{% endif %}
+## Why tokens were emitted
+
+| policy | exact | loose | shift | target |
+|---|---|---|---|---|
+{% for name, p in policies.items() -%}
+| {{ name }} |{% for reason in ("exact", "loose", "shift", "target") %} {{ p.reasons.get(reason, 0) }} |{% endfor %}
+
+{% endfor %}
+
 {% if has_facts -%}
 ## Facts
 
@@ -54,6 +75,21 @@ Recall / precision by kind.
 
 {% for name, p in policies.items() -%}
 | {{ name }} |{% for kind in kinds %} {{ share(p.facts.get(kind)) }} |{% endfor %}
+
+{% endfor %}
+
+{% endif %}
+{% if has_facts -%}
+## By place in the answer
+
+Share of the statements that begin there that are true (and their number), in stretches of tokens.
+
+| policy |{% for begin in places %} from {{ begin }} |{% endfor %}
+
+|---|{% for begin in places %}---|{% endfor %}
+
+{% for name, p in policies.items() -%}
+| {{ name }} |{% for begin in places %} {{ stretch(p, begin) }} |{% endfor %}
 
 {% endfor %}
 
@@ -77,6 +113,8 @@ def markdown(report: Report) -> str:
         has_facts=bool(kinds),
         figure=_figure,
         share=_recall_and_precision,
+        places=sorted({s.begin for p in report.policies.values() for s in p.stretches}),
+        stretch=_true_share,
     )
     return page.rstrip() + "\n"
 
@@ -94,6 +132,62 @@ def _recall_and_precision(facts) -> str:
         return "–"
     shown = ["–" if value is None else f"{value:.3f}" for value in (facts.recall, facts.precision)]
     return " / ".join(shown)
+
+
+def _true_share(policy: PolicyResult, begin: int) -> str:
+    found = [s for s in policy.stretches if s.begin == begin]
+    if not found or found[0].precision is None:
+        return "–"
+    return f"{found[0].precision:.3f} ({found[0].right + found[0].wrong})"
+
+
+def pareto(report: Report, path: Path) -> None:
+    """Facts kept over accepted length, a point for each policy with intervals, as a PNG; none without retention.
+
+    Peers of one policy that differ in relaxation alone are joined.
+    """
+    points: dict[str, list[tuple[str, PolicyResult]]] = {}
+    for name, p in report.policies.items():
+        if p.retention is None or p.mean_accepted_length is None or name == "ar":
+            continue
+        policy, *settings = name.split(":")
+        values = {key: value for key, _, value in (s.partition("=") for s in settings)}
+        own = values.pop("relaxation", "")
+        label = " ".join([policy, *(f"{k}={v}" if v else k for k, v in values.items())])
+        points.setdefault(label, []).append((own, p))
+    if sum(map(len, points.values())) < 3:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
+    for label, group in points.items():
+        group.sort(key=lambda pair: pair[1].mean_accepted_length or 0)
+        x, y = ([getattr(p, key) for _, p in group] for key in ("mean_accepted_length", "retention"))
+        errors = [_errors([p for _, p in group], key) for key in ("mean_accepted_length", "retention")]
+        axis.errorbar(x, y, xerr=errors[0], yerr=errors[1], marker="o", markersize=4, linewidth=1, elinewidth=0.5,
+                      capsize=2, label=label)  # fmt: skip
+        for (own, _), place in zip(group, zip(x, y, strict=True), strict=True):
+            axis.annotate(own, place, textcoords="offset points", xytext=(4, 4), fontsize="x-small")
+    axis.axhline(1, color="grey", linewidth=0.8, zorder=0)
+    axis.set_xlabel("tokens per target step")
+    axis.set_ylabel("facts kept of ar's")
+    axis.set_title("numbers at points: relaxation", fontsize="small")
+    axis.legend(fontsize="x-small")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _errors(policies: Sequence[Figures], key: str) -> list[list[float]]:
+    """How far intervals reach below and above the figures."""
+    values = [getattr(p, key) for p in policies]
+    below, above = zip(*(p.intervals[key] for p in policies), strict=True)
+    return [
+        [max(v - low, 0) for v, low in zip(values, below, strict=True)],
+        [max(high - v, 0) for v, high in zip(values, above, strict=True)],
+    ]
 
 
 def plot(report: Report, path: Path) -> None:
@@ -119,11 +213,7 @@ def plot(report: Report, path: Path) -> None:
             if not shown:
                 continue
             values = [getattr(f, key) for _, f in shown]
-            lows, highs = zip(*(f.intervals[key] for _, f in shown), strict=True)
-            errors = [
-                [max(v - low, 0) for v, low in zip(values, lows, strict=True)],
-                [max(high - v, 0) for v, high in zip(values, highs, strict=True)],
-            ]
+            errors = _errors([f for _, f in shown], key)
             places = [x + (i - (len(names) - 1) / 2) * width for x, _ in shown]
             axis.bar(places, values, width, yerr=errors, capsize=2, label=name, error_kw={"elinewidth": 0.8})
         axis.set_xticks(range(len(tasks) + 1), ["all", *tasks], rotation=20)

@@ -6,6 +6,7 @@ same draws.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from vllm_lvspec.bench.samples import Sample
 from vllm_lvspec.bench.videofacts.score import Score, totals
 
 NUM_DRAWS = 2000
+STRETCH = 50  # tokens
+QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
 BASELINE = "ar"
 Interval = tuple[float, float]
 
@@ -63,6 +66,16 @@ class Figures(_Model):
     intervals: dict[str, Interval] = Field(description="95 % bootstrap intervals, by name of the figure")
 
 
+class Stretch(_Model):
+    """What is said between two places of the answers, sentence by sentence, by where a sentence begins."""
+
+    begin: int = Field(description="first token, by the sentence's share of the text")
+    end: int = Field(description="token behind the last")
+    right: int = Field(description="true facts that are stated there, required or not")
+    wrong: int = Field(description="false facts that are stated there")
+    precision: float | None = Field(description="right over right and wrong; null where nothing was said")
+
+
 class Bound(_Model):
     """The speedup `T / (1 + K c + o)` that a chain of K drafted tokens allows."""
 
@@ -83,12 +96,20 @@ class PolicyResult(Figures):
     wall_seconds: float = Field(description="seconds for all answers, prompts included, engine start apart")
     throughput: float = Field(description="output_tokens over wall_seconds")
     reasons: dict[str, int] = Field(
-        description="how many tokens were emitted for which reason: exact (drafted, and the target's choice), target "
-        "(the target's own, first tokens included); worked out from steps, so that an answer's last token may count as "
-        "target where it was drafted"
+        description="how many tokens were emitted for which reason: exact (drafted, and the target's choice), loose "
+        "(drafted, and a filler), shift (drafted, and the target's choice at a neighbouring place), target (the "
+        "target's own, first tokens included); for peers without the plugin worked out from steps"
     )
     facts: dict[str, FactFigures] = Field(description="by kind of fact; empty without truth")
     tasks: dict[str, Figures] = Field(description="the same figures by task")
+    seeds: dict[str, Figures] = Field(description="the same figures by seed; empty for datasets")
+    stretches: list[Stretch] = Field(
+        description="true and false statements by place in the answer; empty without truth"
+    )
+    relevance: dict[str, float] | None = Field(
+        description="quantiles of the drafted tokens' relevance, which as anchor_threshold would leave that share "
+        "fillers; null where none was computed"
+    )
     bound: Bound | None = Field(description="null at batch sizes above 1, without ar, and for peers that are not ours")
 
 
@@ -109,7 +130,7 @@ class Settings(_Model):
     suite: str = Field(description="videofacts, or the dataset's name")
     samples: int = Field(description="number of questions")
     videos: int = Field(description="number of videos")
-    seed: int | None = Field(description="of the suite's scenes; null for datasets")
+    seeds: list[int] = Field(description="of the suite's scenes; empty for datasets")
     tasks: list[str] = Field(description="kinds of questions")
     policies: list[str] = Field(description="in the order in which they ran")
     model: str = Field(description="target")
@@ -120,7 +141,9 @@ class Settings(_Model):
     num_speculative_tokens: int = Field(description="K")
     pruning: str = Field(description="the drafter's view of the video")
     pruning_ratio: float = Field(description="share of a video's tokens that the drafter does not see")
+    more: dict[str, Any] = Field(description="further settings of the plugin's policies")
     max_tokens: int = Field(description="per answer")
+    min_tokens: int = Field(description="per answer")
     num_frames: int = Field(description="frames of a video")
     engine: dict[str, Any] = Field(description="arguments of vLLM's engine")
 
@@ -256,28 +279,78 @@ def summarise(
     policies = {}
     for name, run in runs.items():
         own = figures(run.answers, samples, baseline)
-        tasks = {}
-        for task in dict.fromkeys(s.task for s in samples):
-            rows = [i for i, s in enumerate(samples) if s.task == task]
-            part = None if baseline is None else [baseline[i] for i in rows]
-            tasks[task] = figures([run.answers[i] for i in rows], [samples[i] for i in rows], part)
         bound = None
         if base is not None and settings.batch_size == 1:
-            bound = _bound(run, own, base, settings.num_speculative_tokens)
+            bound = _bound(run, own, base, _num_speculative_tokens(name, settings))
         policies[name] = PolicyResult(
             **own.model_dump(),
             wall_seconds=run.wall_seconds,
             throughput=own.output_tokens / run.wall_seconds if run.wall_seconds else 0.0,
-            reasons=_reasons(own),
+            reasons=_reasons(run.answers, own),
             facts=fact_figures(run.answers, samples),
-            tasks=tasks,
+            tasks=_figures_by([s.task for s in samples], run.answers, samples, baseline),
+            seeds=_figures_by([s.group for s in samples], run.answers, samples, baseline),
+            stretches=_stretches(run.answers, samples),
+            relevance=None if run.relevance is None else _quantiles(run.relevance),
             bound=bound,
         )
     return Report(environment=environment, settings=settings, policies=policies)
 
 
-def _reasons(figures: Figures) -> dict[str, int]:
-    """Each step emits one token of the target's own, apart from an answer's last step, where it may be cut off."""
+def _figures_by(
+    groups: Sequence[str], answers: Sequence[Answer], samples: Sequence[Sample], baseline: Sequence[Answer] | None
+) -> dict[str, Figures]:
+    """Figures of each group's answers; samples of no group are left out."""
+    result = {}
+    for group in dict.fromkeys(g for g in groups if g):
+        rows = [i for i, g in enumerate(groups) if g == group]
+        part = None if baseline is None else [baseline[i] for i in rows]
+        result[group] = figures([answers[i] for i in rows], [samples[i] for i in rows], part)
+    return result
+
+
+def _num_speculative_tokens(peer: str, settings: Settings) -> int:
+    """K of a peer, which may have its own."""
+    own = [part.partition("=")[2] for part in peer.split(":") if part.startswith("num_speculative_tokens=")]
+    return int(own[-1]) if own else settings.num_speculative_tokens
+
+
+def _stretches(answers: Sequence[Answer], samples: Sequence[Sample]) -> list[Stretch]:
+    right, wrong = Counter[int](), Counter[int]()
+    for answer, sample in zip(answers, samples, strict=True):
+        if sample.claims is None or not answer.text:
+            continue
+        for claim in sample.claims(answer.text):
+            stretch = int(claim.begin / len(answer.text) * len(answer.token_ids)) // STRETCH
+            right[stretch] += claim.right
+            wrong[stretch] += claim.wrong
+    return [
+        Stretch(
+            begin=i * STRETCH,
+            end=(i + 1) * STRETCH,
+            right=right[i],
+            wrong=wrong[i],
+            precision=_share(right[i], right[i] + wrong[i]),
+        )
+        for i in sorted(right | wrong)
+    ]
+
+
+def _quantiles(counts: Sequence[int]) -> dict[str, float] | None:
+    """`counts` in even steps from -1 to 1; the last counts what is left out."""
+    cumulated = np.cumsum(counts[:-1])
+    if not cumulated[-1]:
+        return None
+    places = np.searchsorted(cumulated, [share * cumulated[-1] for share in QUANTILES])
+    return {
+        f"{share:g}": float(-1 + 2 * place / len(cumulated)) for share, place in zip(QUANTILES, places, strict=True)
+    }
+
+
+def _reasons(answers: Sequence[Answer], figures: Figures) -> dict[str, int]:
+    """As the plugin counted; else from steps, each of which emits one token of the target's own."""
+    if answers and all(a.reasons is not None for a in answers):
+        return dict(sum((Counter(a.reasons) for a in answers), start=Counter()))
     exact = max(figures.output_tokens - figures.answers - figures.target_steps, 0)
     return {"exact": exact, "target": figures.output_tokens - exact}
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_lvspec.bench.peers import PEERS, DraftSettings
+from vllm_lvspec.bench.peers import DraftSettings, speculative_config
 from vllm_lvspec.bench.samples import Sample
 from vllm_lvspec.config import METHOD
 
@@ -23,7 +23,8 @@ _WARM_UP_TOKENS = 32
 class Answer:
     """What one peer said to one sample, and what it took.
 
-    `steps`: target steps after the one that gave the first token. Seconds count from the request's arrival.
+    `steps`: target steps after the one that gave the first token. Seconds count from the request's arrival. `reasons`:
+    how many tokens were emitted for which reason, None where the plugin is not in it.
     """
 
     policy: str
@@ -35,6 +36,7 @@ class Answer:
     last_token_seconds: float
     finish_reason: str
     wall_seconds: float  # since the answer before it, of any request
+    reasons: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,14 @@ class StepTimes:
 
 @dataclass
 class PolicyRun:
+    """`times`, `relevance`: of the part that was run to its end; None where the plugin is not in it.
+
+    `relevance`: how many drafted tokens had which relevance, in even steps from -1 to 1, and how many had none.
+    """
+
     answers: list[Answer]
-    times: StepTimes | None  # None where the plugin is not in it
+    times: StepTimes | None
+    relevance: list[int] | None = None
 
     @property
     def wall_seconds(self) -> float:
@@ -72,6 +80,7 @@ class Journal:
         self.path = path
         self.answers: dict[str, dict[str, Answer]] = defaultdict(dict)
         self.times: dict[str, dict[str, float]] = {}
+        self.relevance: dict[str, list[int]] = {}
         lines = path.read_text().splitlines() if path.exists() else []
         try:
             before = json.loads(lines[0]) if lines else settings
@@ -107,6 +116,7 @@ class Journal:
             self.answers[entry["policy"]][entry["sample"]] = Answer(**entry)
         else:
             self.times[entry["policy"]] = entry["times"]
+            self.relevance[entry["policy"]] = entry["relevance"]
 
 
 def run_policies(
@@ -116,6 +126,7 @@ def run_policies(
     draft: DraftSettings,
     batch_size: int,
     max_tokens: int,
+    min_tokens: int,
     engine_arguments: dict[str, Any],
     journal: Journal,
     on_start: Callable[[str], None] = lambda policy: None,
@@ -130,17 +141,19 @@ def run_policies(
         waiting = [s for s in samples if s.name not in known]
         if waiting:
             on_start(policy)
-            with _engine(model, PEERS[policy](draft), batch_size, engine_arguments) as llm:
+            with _engine(model, speculative_config(policy, draft), batch_size, engine_arguments) as llm:
                 prompt = _prompt_writer(llm)
                 _warm_up(llm, samples, prompt, batch_size)
-                before = _step_times(llm)
-                for answer in _ask(llm, policy, waiting, prompt, batch_size, max_tokens):
+                before = _counters(llm)
+                for answer in _ask(llm, policy, waiting, prompt, batch_size, max_tokens, min_tokens):
                     journal.add(asdict(answer))
                     on_answer(policy)
-                if (times := _step_times(llm)) is not None and before is not None:
-                    journal.add({"policy": policy, "times": {k: v - before[k] for k, v in times.items()}})
+                if (after := _counters(llm)) is not None and before is not None:
+                    times = {k: v - before[0][k] for k, v in after[0].items()}
+                    relevance = [b - a for a, b in zip(before[1], after[1], strict=True)]
+                    journal.add({"policy": policy, "times": times, "relevance": relevance})
         measured = StepTimes(**journal.times[policy]) if policy in journal.times else None
-        results[policy] = PolicyRun([known[s.name] for s in samples], measured)
+        results[policy] = PolicyRun([known[s.name] for s in samples], measured, journal.relevance.get(policy))
     return results
 
 
@@ -184,15 +197,25 @@ def _prompt_writer(llm: Any) -> Callable[[Sample], dict[str, Any]]:
 
 def _warm_up(llm: Any, samples: Sequence[Sample], prompt: Callable[[Sample], dict[str, Any]], batch_size: int) -> None:
     chosen = list(samples)[: NUM_WARM_UP * batch_size]
-    for _ in _ask(llm, "", chosen, prompt, batch_size, _WARM_UP_TOKENS):
+    for _ in _ask(llm, "", chosen, prompt, batch_size, _WARM_UP_TOKENS, 0):
         pass
 
 
-def _step_times(llm: Any) -> dict[str, float] | None:
-    """Totals since the engine's start, or None for an engine without the plugin."""
-    if METHOD not in llm.llm_engine.vllm_config.additional_config:
+def _has_plugin(llm: Any) -> bool:
+    return METHOD in llm.llm_engine.vllm_config.additional_config
+
+
+def _counters(llm: Any) -> tuple[dict[str, float], list[int]] | None:
+    """Step times and relevance since the engine's start, or None for an engine without the plugin."""
+    if not _has_plugin(llm):
         return None
-    return llm.collective_rpc("lvspec_step_times")[0]
+    return llm.collective_rpc("lvspec_step_times")[0], llm.collective_rpc("lvspec_stats")[0]["relevance_counts"]
+
+
+def _reasons(llm: Any, request_id: str) -> dict[str, int]:
+    """Of a request that has just finished. vLLM's own name for it is longer by a dash and some letters."""
+    counts = llm.collective_rpc("lvspec_reasons")[0]
+    return [row for name, row in counts.items() if name.rpartition("-")[0] == request_id][-1]
 
 
 def _ask(
@@ -202,6 +225,7 @@ def _ask(
     prompt: Callable[[Sample], dict[str, Any]],
     batch_size: int,
     max_tokens: int,
+    min_tokens: int,
 ) -> Iterator[Answer]:
     """Keep `batch_size` requests running; greedy.
 
@@ -218,7 +242,8 @@ def _ask(
         while len(running) < batch_size and (sample := next(waiting, None)) is not None:
             inputs = prompt(sample)
             arrived = time.perf_counter()
-            engine.add_request(sample.name, inputs, SamplingParams(temperature=0, max_tokens=max_tokens))
+            params = SamplingParams(temperature=0, max_tokens=max_tokens, min_tokens=min_tokens)
+            engine.add_request(sample.name, inputs, params)
             running[sample.name] = (sample, arrived, 0.0, -1)
         if not running:
             return
@@ -241,5 +266,6 @@ def _ask(
                     last_token_seconds=now - arrived,
                     finish_reason=str(completion.finish_reason),
                     wall_seconds=now - before,
+                    reasons=_reasons(llm, sample.name) if _has_plugin(llm) else None,
                 )
-                before = now
+                before = time.perf_counter()

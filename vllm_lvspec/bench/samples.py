@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vllm_lvspec.bench.videofacts.scene import FPS, NUM_FRAMES, Scene, video_item
-from vllm_lvspec.bench.videofacts.score import Score, score_answer
+from vllm_lvspec.bench.videofacts.score import Claim, Score, claims, score_answer
 from vllm_lvspec.bench.videofacts.tasks import TASKS, make_task
 
 SEEDS_PER_SUITE = 10_000  # suites of different seeds share no scene
@@ -27,9 +27,10 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one video. `score` is None where no truth is known.
+    """One question about one video.
 
-    `version`: a text that is another one when the video's content is.
+    `score` and `claims` are None where no truth is known. `version`: a text that is another one when the video's
+    content is. `group`: the suite's seed.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Sample:
     question: str
     load_video: Callable[[], Video]
     score: Callable[[str], Score] | None = None
+    claims: Callable[[str], list[Claim]] | None = None
+    group: str = ""
 
 
 def videofacts(num_videos: int, seed: int, tasks: Sequence[str] = TASKS, num_frames: int = NUM_FRAMES) -> list[Sample]:
@@ -63,6 +66,8 @@ def videofacts(num_videos: int, seed: int, tasks: Sequence[str] = TASKS, num_fra
                     question=task.prompt,
                     load_video=partial(_rendered, scene, num_frames),
                     score=partial(score_answer, scene, task),
+                    claims=partial(claims, scene),
+                    group=str(seed),
                 )
             )
     return samples

@@ -508,6 +508,27 @@ def score_answer(scene: Scene, task: Task, text: str) -> Score:
     return Score(dict(required), dict(right), dict(wrong), order_right)
 
 
+@dataclass(frozen=True)
+class Claim:
+    """What one sentence says, its place in the order of events apart: it begins at `begin`, in characters."""
+
+    begin: int
+    right: int
+    wrong: int
+
+
+def claims(scene: Scene, text: str) -> list[Claim]:
+    """What each sentence of `text` says of `scene`, so that what becomes of long answers can be seen."""
+    true = _sayable(scene)
+    found, begin = [], 0
+    for sentence in re.split(r"(?<=[.!?;])", text):
+        said = {fact for fact in read(sentence).facts if fact[0] != "choice"}
+        wrong = sum(f[1:] in true if f[0] == "not" else f not in true for f in said)
+        found.append(Claim(begin, len(said) - wrong, wrong))
+        begin += len(sentence)
+    return found
+
+
 def _sayable(scene: Scene) -> set[Fact]:
     """`scene_facts`, and what an answer may say of them in other words."""
     facts = set(scene_facts(scene))
