@@ -19,7 +19,7 @@ def main() -> None:
 
 @app.command()
 def demo() -> None:
-    """Serve a bundled pair, send it videos over the OpenAI API, and compare it with decoding without a drafter."""
+    """Serve a bundled pair, send it videos over the OpenAI API, and compare ways to verify with no drafter at all."""
     from vllm_lvspec.demo import run_demo
     from vllm_lvspec.serving import ServerError
 

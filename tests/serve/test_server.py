@@ -23,6 +23,7 @@ from vllm_lvspec.reference import CLIPS, PAIRS, TARGET
 from vllm_lvspec.serving import ServerError, _vllm_command, serve
 
 CLIP = CLIPS / "shapes-1.mp4"
+STRICT = {"extra_body": {"vllm_xargs": {"lvspec_policy": "strict"}}}
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,7 @@ def server():
     with serve(
         TARGET, "--speculative-config", "lvspec", "--max-model-len", "1024", "--max-num-seqs", "4",
         "--dtype", "float32", "--enforce-eager", "--served-model-name", "reference",
+        "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
         "--allowed-local-media-path", str(CLIPS), *PAIRS["qwen2_5_vl"].server_arguments,
     ) as running:  # fmt: skip
         yield running
@@ -83,14 +85,14 @@ def test_images_texts_and_further_turns_are_answered(client):
 
 def test_sampling_options_behave(client):
     video = message(QUESTION, CLIP.as_uri())
-    plain = ask(client, video).choices[0].message.content
+    plain = ask(client, video, **STRICT).choices[0].message.content
     word = plain.split()[6]
-    stopped = ask(client, video, stop=[word]).choices[0]
+    stopped = ask(client, video, stop=[word], **STRICT).choices[0]
     assert stopped.finish_reason == "stop"
     assert stopped.message.content == plain[: plain.index(word)]
     several = ask(client, video, n=3, temperature=1.0, seed=5)
     assert len({c.message.content for c in several.choices}) > 1
-    logged = ask(client, video, logprobs=True, top_logprobs=2, max_tokens=20).choices[0]
+    logged = ask(client, video, logprobs=True, top_logprobs=2, max_tokens=20, **STRICT).choices[0]
     assert "".join(t.token for t in logged.logprobs.content) == logged.message.content
     assert all(t.logprob >= max(x.logprob for x in t.top_logprobs) - 1e-6 for t in logged.logprobs.content)
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
@@ -99,6 +101,43 @@ def test_sampling_options_behave(client):
     assert text.lstrip().startswith("{")
     if forced.choices[0].finish_reason == "stop":
         assert isinstance(json.loads(text)["n"], int)
+
+
+def test_the_server_says_that_it_is_lossy_and_a_request_can_be_strict_or_looser(client, server):
+    assert "policy=lvspec is lossy" in server.log.read_text()
+    video = message(QUESTION, CLIP.as_uri())
+    before = server.metric("vllm:spec_decode_num_drafts_total"), server.metric("vllm:generation_tokens_total")
+    strict, loose, zero = (
+        ask(client, video, extra_body={"vllm_xargs": asked}).choices[0].message.content
+        for asked in ({"lvspec_policy": "strict"}, {"lvspec_relaxation": 0.9}, {"lvspec_relaxation": 0})
+    )
+    assert strict == zero != loose
+    assert server.metric("vllm:spec_decode_num_drafts_total") > before[0]
+    tool = {"type": "function", "function": {"name": "note", "parameters": {"type": "object", "properties": {}}}}
+    assert ask(client, video, tools=[tool], tool_choice="none").choices[0].message.content
+    # With tools that it may call, the model is verified strictly; what it says is what it says when asked to be strict.
+    asked = {"vllm_xargs": {"lvspec_policy": "strict"}}
+    called = ask(client, video, tools=[tool]).choices[0].message
+    assert called.content == ask(client, video, tools=[tool], extra_body=asked).choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"lvspec_policy": "fly"}, "lvspec_policy='fly': must be strict or lvspec on this server"),
+        ({"lvspec_policy": 3}, "lvspec_policy=3"),
+        ({"lvspec_relaxation": 1.5}, "lvspec_relaxation=1.5: must be a number from 0 to 1"),
+        ({"lvspec_relaxation": "high"}, "lvspec_relaxation='high'"),
+        ({"lvspec_relaxation": [1]}, "lvspec_relaxation=[1]"),
+        ({"lvspec_policy": "strict", "lvspec_relaxation": 0.5}, "lvspec_relaxation=0.5: must be 0"),
+        ({"lvspec_relax": 0.5}, "lvspec_relax=0.5: unknown key; known keys are lvspec_policy, lvspec_relaxation"),
+    ],
+)
+def test_a_request_for_what_can_not_be_is_a_400_that_names_it(asked, named, client, server):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, message(QUESTION, CLIP.as_uri()), extra_body={"vllm_xargs": asked})
+    assert named in str(caught.value)
+    assert server.is_healthy()
 
 
 @pytest.mark.parametrize("option", [{"extra_body": {"min_p": 0.1}, "temperature": 1.0}, {"logit_bias": {"300": 5}}])

@@ -96,7 +96,8 @@ Share of the statements that begin there that are true (and their number), in st
 {% endif %}
 {% for name, p in policies.items() if p.bound -%}
 {{ name }}: one drafted token costs {{ "%.3f" | format(p.bound.draft_cost) }} of a target step (c), verification adds \
-{{ "%.3f" | format(p.bound.verify_overhead) }} (o); T / (1 + K c + o) = {{ "%.2f" | format(p.bound.speedup) }}.
+{{ "%.3f" | format(p.bound.verify_overhead) }} (o), of which {{ "%.2f" | format(100 * p.bound.verify_share) }} % of a \
+step is this package's own; T / (1 + K c + o) = {{ "%.2f" | format(p.bound.speedup) }}.
 {% endfor %}
 """
 

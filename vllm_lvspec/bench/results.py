@@ -87,6 +87,10 @@ class Bound(_Model):
         description="o: seconds of a target step over 1 + K rows in the first rank's worker over target_step_seconds, "
         "minus 1; below 0 where the engine's own work around a step costs more than the further rows"
     )
+    verify_share: float = Field(
+        description="what verification does beyond vLLM's own test, over the worker's seconds of a target step without "
+        "it; by the host's clock"
+    )
     speedup: float = Field(description="T / (1 + K c + o), T being mean_accepted_length")
 
 
@@ -266,6 +270,7 @@ def _bound(run: PolicyRun, figures: Figures, baseline: Figures, num_speculative_
         target_step_seconds=unit,
         draft_cost=draft,
         verify_overhead=overhead,
+        verify_share=times.verify_seconds / (times.target_seconds - times.verify_seconds),
         speedup=figures.mean_accepted_length / (1 + num_speculative_tokens * draft + overhead),
     )
 

@@ -46,6 +46,7 @@ class StepTimes:
     steps: float = 0
     target_seconds: float = 0.0  # forward and verification
     draft_seconds: float = 0.0
+    verify_seconds: float = 0.0  # part of target_seconds: what verification does beyond vLLM's own test
 
 
 @dataclass

@@ -21,11 +21,15 @@ from vllm_lvspec.engine.verification import Verification
 
 @dataclass
 class StepTimes:
-    """Seconds over steps in which nothing was prefilled: forward with verification, and drafting."""
+    """Seconds over steps in which nothing was prefilled: forward with verification, and drafting.
+
+    `verify_seconds` are part of the first: what verification does beyond vLLM's own test. On a GPU they are the host's.
+    """
 
     steps: int = 0
     target_seconds: float = 0.0
     draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
 
 
 class LVSpecGPUModelRunner(GPUModelRunner):
@@ -68,6 +72,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         return super()._sample(logits, spec_decode_metadata)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
+        self.verification.seconds = 0.0
         if (state := self.execute_model_state) is not None:
             self.verification.begin_step(state.scheduler_output, state.hidden_states, state.aux_hidden_states)
         return super().sample_tokens(grammar_output)
@@ -93,6 +98,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         if self._step_started is not None:
             self.step_times.steps += 1
             self.step_times.target_seconds += before - self._step_started
+            self.step_times.verify_seconds += self.verification.seconds
             self.step_times.draft_seconds += time.perf_counter() - before
         return drafts
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,8 +71,25 @@ class Batch:
     places: torch.Tensor  # [num_drafted]
 
 
+def _timed(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Add a call's time to `seconds`."""
+
+    @functools.wraps(method)
+    def wrapper(self: Verification, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    return wrapper
+
+
 class Verification:
-    """Owns the feature cache, the verifier and the counts of one rank. `runner` is vLLM's model runner."""
+    """Owns the feature cache, the verifier and the counts of one rank. `runner` is vLLM's model runner.
+
+    `seconds`: of its own work, by the host's clock, since the runner has last set it to 0.
+    """
 
     def __init__(self, runner: Any):
         self.runner = runner
@@ -80,6 +99,7 @@ class Verification:
         self.source = AnchorSource.parse(self.config.anchor_source)
         self.features: FeatureCache | None = None
         self.project: Projection | None = None
+        self.seconds = 0.0
         self.reasons = np.zeros(TARGET + 1, dtype=np.int64)
         self.counts = {"loose_requests": 0, "strict_requests": 0, "missing_features": 0}
         self.finished: deque[tuple[str, list[int]]] = deque(maxlen=NUM_FINISHED)
@@ -203,6 +223,7 @@ class Verification:
 
     # A step -------------------------------------------------------------------------------------------------------
 
+    @_timed
     def begin_step(self, scheduler_output: Any, hidden: torch.Tensor, inner: list[torch.Tensor] | None) -> None:
         """Store the features of the visual tokens that this step has computed."""
         self._accepted = None
@@ -295,6 +316,7 @@ class Verification:
             self.counts["missing_features"] += not request.is_known
         return request.rules if request.is_known else request.rules.as_strict()
 
+    @_timed
     def batch(self, metadata: SpecDecodeMetadata) -> Batch | None:
         """What the sampler needs, or None where all drafts are verified strictly."""
         req_ids = self.runner.input_batch.req_ids
@@ -336,6 +358,7 @@ class Verification:
         table = self.runner.input_batch.block_table[self.group_id].get_device_tensor(len(req_ids))
         return VisualPages(features, table, pages.positions, pages.starts)
 
+    @_timed
     def accept(self, choices: Choices, batch: Batch, max_drafted: int) -> torch.Tensor:
         """Tokens that are emitted: `[num_requests, max_drafted + 1]` int32, -1 behind the last."""
         relevance = None
@@ -346,6 +369,7 @@ class Verification:
 
     # Counting -----------------------------------------------------------------------------------------------------
 
+    @_timed
     def count(self, emitted: Sequence[list[int]]) -> None:
         """Count the reasons of a step's tokens, but for those that the scheduler cuts off at an end or a length."""
         reasons = None if self._accepted is None else self._accepted.reasons.cpu().numpy()
