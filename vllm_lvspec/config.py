@@ -41,10 +41,20 @@ class LVSpecConfig(BaseModel):
         "the video decides and loose on the rest; fly (arXiv 2511.22972) and random are there to compare with",
     )
     relaxation: float = Field(
-        0.8, ge=0, le=1, allow_inf_nan=False, description="lambda, the share of drafted tokens that are fillers"
+        0.8,
+        ge=0,
+        le=1,
+        strict=True,
+        allow_inf_nan=False,
+        description="lambda, the share of drafted tokens that are fillers",
     )
     max_relaxation: float = Field(
-        1.0, ge=0, le=1, allow_inf_nan=False, description="the largest relaxation that a request may ask for"
+        1.0,
+        ge=0,
+        le=1,
+        strict=True,
+        allow_inf_nan=False,
+        description="the largest relaxation that a request may ask for",
     )
     anchor_source: str = Field("hidden", description="whose states are compared with those of the video")
     anchor_top_n: int = Field(
@@ -54,6 +64,7 @@ class LVSpecConfig(BaseModel):
         None,
         ge=-1,
         le=1,
+        strict=True,
         allow_inf_nan=False,
         description="a relevance from which a token is an anchor whatever its rank; with relaxation=1 it alone decides",
     )
@@ -64,6 +75,7 @@ class LVSpecConfig(BaseModel):
         0.3,
         ge=0,
         le=1,
+        strict=True,
         allow_inf_nan=False,
         description="least probability of a loosely accepted token, as a share of that of the target's best",
     )
@@ -133,6 +145,21 @@ class LVSpecConfig(BaseModel):
     def _are_words_of_kinds(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
         _known(tuple(value), KINDS)
         return value
+
+    @field_validator("guard_words")
+    @classmethod
+    def _are_no_blanks(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        if any(not word.strip() for words in value.values() for word in words):
+            raise ValueError("must be words, none of them blank")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_default_below_the_cap(cls, data: Any) -> Any:
+        cap = data.get("max_relaxation") if isinstance(data, dict) else None
+        if isinstance(cap, int | float) and not isinstance(cap, bool) and "relaxation" not in data:
+            data = {**data, "relaxation": min(cls.model_fields["relaxation"].default, max(cap, 0))}
+        return data
 
     @model_validator(mode="after")
     def _keeps_its_own_cap(self) -> LVSpecConfig:

@@ -38,7 +38,8 @@ def settings_for(samples, policies, **changes) -> Settings:
         suite="videofacts", samples=len(samples), videos=len({s.video_name for s in samples}), seeds=[1],
         tasks=["caption"],
         policies=policies, model="target", draft="draft", shape=None, dtype="float32", batch_size=1,
-        num_speculative_tokens=10, pruning="uniform", pruning_ratio=0.9, more={}, max_tokens=256, min_tokens=0, num_frames=24, engine={},
+        num_speculative_tokens=10, pruning="uniform", pruning_ratio=0.9, more={}, max_tokens=256, min_tokens=0,
+        num_frames=24, engine={},
     )  # fmt: skip
     return Settings(**{**values, **changes})
 

@@ -1,6 +1,8 @@
 import pytest
 
 from vllm_lvspec.config import LVSpecConfig, LVSpecConfigError, names_lvspec
+from vllm_lvspec.kernels.relevance import MAX_TOP_N
+from vllm_lvspec.verify.sources import AnchorSource
 
 
 @pytest.mark.parametrize("value", ["lvspec", "lvspec:/some/where", {"method": "lvspec", "model": "x"}])
@@ -19,6 +21,7 @@ def test_the_word_means_all_defaults_and_a_colon_names_the_drafter():
     defaults = LVSpecConfig()
     assert defaults.num_speculative_tokens == 10
     assert (defaults.pruning, defaults.pruning_ratio) == ("uniform", 0.9)
+    assert (defaults.policy, defaults.anchor_top_n) == ("lvspec", 10)
 
 
 def test_dashes_in_keys_mean_underscores_as_elsewhere_in_vllm():
@@ -37,7 +40,43 @@ def test_dashes_in_keys_mean_underscores_as_elsewhere_in_vllm():
         ({"pruning_ratio": -0.1}, ["pruning_ratio=-0.1", "greater than or equal to 0"]),
         ({"pruning_ratio": float("nan")}, ["pruning_ratio=NaN", "finite"]),
         ({"pruning": "magic"}, ['pruning="magic"', "none, uniform"]),
-        ({"policy": "loose"}, ['policy="loose"', "strict"]),
+        ({"policy": "loose"}, ['policy="loose"', "strict", "fly", "lvspec", "random"]),
+        ({"policy": ["strict"]}, ['policy=["strict"]', "strict"]),
+        ({"relaxation": 1.01}, ["relaxation=1.01", "less than or equal to 1"]),
+        ({"relaxation": -0.1}, ["relaxation=-0.1", "greater than or equal to 0"]),
+        ({"relaxation": float("nan")}, ["relaxation=NaN", "finite"]),
+        ({"relaxation": "most"}, ['relaxation="most"', "valid number"]),
+        ({"max_relaxation": 2}, ["max_relaxation=2", "less than or equal to 1"]),
+        ({"relaxation": 0.6, "max_relaxation": 0.5}, ["relaxation=0.6", "at most max_relaxation=0.5"]),
+        ({"anchor_source": "layer"}, ['anchor_source="layer"', "hidden", "layer:I", "value", "embedding"]),
+        ({"anchor_source": "layer:-1"}, ['anchor_source="layer:-1"', "layer:I"]),
+        ({"anchor_source": "embedding:read"}, ['anchor_source="embedding:read"', "must be one of"]),
+        ({"anchor_source": ""}, ['anchor_source=""', "must be one of"]),
+        ({"anchor_top_n": 0}, ["anchor_top_n=0", "greater than or equal to 1"]),
+        ({"anchor_top_n": MAX_TOP_N + 1}, [f"anchor_top_n={MAX_TOP_N + 1}", f"less than or equal to {MAX_TOP_N}"]),
+        ({"anchor_top_n": 2.0}, ["anchor_top_n=2.0", "valid integer"]),
+        ({"anchor_threshold": 1.5}, ["anchor_threshold=1.5", "less than or equal to 1"]),
+        ({"anchor_threshold": -1.5}, ["anchor_threshold=-1.5", "greater than or equal to -1"]),
+        ({"anchor_threshold": float("-inf")}, ["anchor_threshold=-Infinity", "finite"]),
+        ({"anchor_projection": 7}, ["anchor_projection=7", "greater than or equal to 8"]),
+        ({"anchor_projection": 64.0}, ["anchor_projection=64.0", "valid integer"]),
+        ({"probability_floor": 1.1}, ["probability_floor=1.1", "less than or equal to 1"]),
+        ({"probability_floor": float("nan")}, ["probability_floor=NaN", "finite"]),
+        ({"shift_window": -1}, ["shift_window=-1", "greater than or equal to 0"]),
+        ({"shift_window": 129}, ["shift_window=129", "less than or equal to 128"]),
+        ({"shift_window": True}, ["shift_window=true", "valid integer"]),
+        ({"shift_direction": "forth"}, ['shift_direction="forth"', "both", "back"]),
+        ({"guards": "negation+colour"}, ["guards=", "colour", "must be of negation, number, order"]),
+        ({"guards": ["numbers"]}, ["guards=", "numbers", "must be of negation, number, order"]),
+        ({"guards": 3}, ["guards=3", "valid tuple"]),
+        ({"guard_languages": "en+xx"}, ["guard_languages=", "xx", "must be of en, de"]),
+        ({"guard_words": {"colour": ["red"]}}, ["guard_words=", "colour", "must be of negation, number, order"]),
+        ({"guard_words": {"order": "then"}}, ["guard_words.order=", '"then"', "valid tuple"]),
+        ({"guard_words": ["then"]}, ['guard_words=["then"]', "valid dictionary"]),
+        ({"fly_window": -1}, ["fly_window=-1", "greater than or equal to 0"]),
+        ({"fly_window": 129}, ["fly_window=129", "less than or equal to 128"]),
+        ({"fly_entropy": -0.1}, ["fly_entropy=-0.1", "greater than or equal to 0"]),
+        ({"fly_entropy": float("inf")}, ["fly_entropy=Infinity", "finite"]),
         ({"model": ""}, ['model=""', "at least 1 character"]),
         ({"draft_cache_gib": 0}, ["draft_cache_gib=0", "greater than 0"]),
         ({"embedding_cache_gib": float("inf")}, ["embedding_cache_gib=Infinity", "finite"]),
@@ -59,3 +98,94 @@ def test_all_wrong_settings_are_named_at_once():
 def test_a_colon_without_a_drafter_is_refused():
     with pytest.raises(LVSpecConfigError, match="no drafter after the colon"):
         LVSpecConfig.parse("lvspec:")
+
+
+def parsed(**settings):
+    return LVSpecConfig.parse({"method": "lvspec", **settings})
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("policy", ["strict", "fly", "lvspec", "random"]),
+        ("relaxation", [0, 0.5, 1]),
+        ("max_relaxation", [0.8, 1.0]),
+        ("anchor_top_n", [1, MAX_TOP_N]),
+        ("anchor_threshold", [None, -1, 0.0, 1]),
+        ("anchor_projection", [None, 8, 4096]),
+        ("anchor_source", ["hidden", "hidden:read", "layer:0", "layer:12:read", "value", "value:read", "embedding"]),
+        ("probability_floor", [0, 0.3, 1]),
+        ("shift_window", [0, 128]),
+        ("shift_direction", ["both", "back"]),
+        ("fly_window", [0, 6, 128]),
+        ("fly_entropy", [0, 0.3, 5.0]),
+    ],
+)
+def test_the_ends_of_every_range_are_in_it(key, values):
+    for value in values:
+        assert getattr(parsed(**{key: value}), key) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("negation+order", ("negation", "order")),
+        (["negation", "order"], ("negation", "order")),
+        (("number",), ("number",)),
+        ("number", ("number",)),
+        ("", ()),
+        ([], ()),
+        ("+", ()),
+    ],
+)
+def test_lists_may_be_joined_by_a_plus(given, meant):
+    assert parsed(guards=given).guards == meant
+
+
+def test_languages_and_words_of_ones_own_may_be_given():
+    assert parsed(guard_languages="en+de+zh").guard_languages == ("en", "de", "zh")
+    assert parsed(guard_words={"order": ["anon"], "number": []}).guard_words == {"order": ("anon",), "number": ()}
+
+
+def test_settings_survive_the_way_through_json():
+    config = parsed(guards="order+number", guard_words={"order": ["anon"]}, anchor_threshold=0.5, relaxation=0.3)
+    assert LVSpecConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_lossy"),
+    [
+        ({"policy": "strict"}, False),
+        ({"policy": "strict", "relaxation": 0.9}, False),
+        ({"relaxation": 0}, False),
+        ({"relaxation": 0.1}, True),
+        ({"policy": "random"}, True),
+        ({"policy": "random", "relaxation": 0}, False),
+        ({"policy": "fly"}, True),
+    ],
+)
+def test_a_server_knows_whether_it_is_lossy(settings, is_lossy):
+    assert parsed(**settings).is_lossy is is_lossy
+
+
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        ("hidden", AnchorSource("hidden")),
+        ("hidden:read", AnchorSource("hidden", reads=True)),
+        ("layer:3", AnchorSource("layer", 3)),
+        ("layer:12:read", AnchorSource("layer", 12, reads=True)),
+        ("value", AnchorSource("value")),
+        ("embedding", AnchorSource("embedding", reads=True)),
+    ],
+)
+def test_sources_of_relevance_are_read(text, source):
+    assert AnchorSource.parse(text) == source
+
+
+@pytest.mark.parametrize(
+    "text", ["layer:", "layer:1:2", "hidden:", "Hidden", "value:3", "layer:x", "hidden\n", " hidden"]
+)
+def test_what_is_no_source_is_refused(text):
+    with pytest.raises(ValueError, match="must be one of hidden"):
+        AnchorSource.parse(text)

@@ -3,7 +3,7 @@
 vLLM's list of methods is closed, but it has `custom_class`, worker classes by name, and `additional_config` that
 travels to all workers. So `lvspec` is put into these words when the engine's configuration is made; the arguments that
 the user passed stay as they were. These two wrappers are all that this package changes in vLLM, but for two kernels
-on CPUs (`cpu_kernels`), which go through vLLM's own registry.
+on CPUs (`cpu_kernels`), which go through vLLM's own registry, and the strictness of requests with tools (`requests`).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) ->
             raise LVSpecConfigError(f"device={current_platform.device_type!r}: lvspec runs on CPUs and on CUDA or ROCm")
         # Only now: in a vLLM that was not tested these imports might fail, in words that help nobody.
         from vllm_lvspec.engine.compatibility import check_arguments, check_engine, resolve_drafter
-        from vllm_lvspec.engine.requests import checker_name
+        from vllm_lvspec.engine.requests import checker_name, make_tool_calls_strict
 
         config = LVSpecConfig.parse(settings)
         check_arguments(self)
@@ -135,6 +135,7 @@ def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) ->
             config.policy,
             "." if config.is_lossy else ": outputs are those of the target alone.",
         )
+        make_tool_calls_strict()
         if config.is_lossy:
             logger.warning(
                 "lvspec: policy=%s is lossy: answers may differ from what the model alone would say, and a fact may be "

@@ -54,9 +54,13 @@ def request_rules(params: SamplingParams, config: LVSpecConfig) -> RequestRules:
             raise RequestError(f"{RELAXATION}={relaxation!r}: must be 0 where the policy is {policy or config.policy}")
     if policy is None:
         policy = "strict" if not asked and params.structured_outputs is not None else config.policy
+    if relaxation is None:
+        relaxation = config.relaxation if POLICIES[policy].shifts else None
+    if relaxation == 0:
+        policy = "strict"
     return RequestRules(
         policy=policy,
-        relaxation=0.0 if policy == "strict" else config.relaxation if relaxation is None else float(relaxation),
+        relaxation=float(relaxation or 0.0),
         stop_ids=tuple(params.stop_token_ids or ()),
         ends=not params.ignore_eos,
     )
@@ -82,15 +86,14 @@ def __getattr__(name: str) -> type[RequestChecker]:
     if not name.startswith(_CLASS):
         raise AttributeError(name)
     settings = json.loads(bytes.fromhex(name.removeprefix(_CLASS)))
-    make_tool_calls_strict()
     return type(name, (RequestChecker,), {"config": LVSpecConfig(**settings)})
 
 
 def make_tool_calls_strict() -> None:
     """Have requests with `tools` ask for the strict policy where they say nothing of lvspec.
 
-    A request's tools don't reach sampling parameters; where these are made is the only place that sees both. This runs
-    in the processes that check requests, on servers that use lvspec.
+    A request's tools don't reach sampling parameters; where these are made is the only place that sees both. Called
+    where a server that uses lvspec makes its configuration, so before its first request.
     """
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest

@@ -305,10 +305,12 @@ class Verification:
         """The request's rules; strict ones where it sees nothing, or where features are missing."""
         state = self.runner.requests[req_id]
         request = self._request(state)
-        if request.rules.is_strict or not request.rules.uses_relevance:
+        if request.rules.is_strict:
             return request.rules
         if not len(request.positions):
             return request.rules.as_strict()
+        if not request.rules.uses_relevance:
+            return request.rules
         if request.is_known is None:
             assert self.features is not None
             table = self.runner.input_batch.block_table[self.group_id].get_numpy_array()

@@ -68,7 +68,7 @@ class FeatureCache:
     def holds(self, block_ids: np.ndarray, positions: np.ndarray, tags: np.ndarray) -> bool:
         """Whether the features of all `positions` are those of items `tags`."""
         size = self.layout.block_size
-        if len(positions) and positions[-1] // size >= len(block_ids):
+        if len(positions) and positions.max() // size >= len(block_ids):
             return False
         return bool(np.array_equal(self.tags[block_ids[positions // size], positions % size], tags))
 

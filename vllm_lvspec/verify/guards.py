@@ -62,6 +62,7 @@ WORDS: dict[str, dict[str, str]] = {
         "order": "先 首先 最先 开始 然后 接着 之后 后来 随后 最后 最终 之前 以前 以后 同时 期间 直到 当",
     },
 }
+_LEAST_LETTERS = 4
 _LARGEST_NUMBER = 999  # tokenizers have no digits beyond these in one token
 
 
@@ -80,7 +81,8 @@ def token_kinds(
     """Kinds of every token, as bits of `kernels.acceptance`: `[vocab_size]`, uint8, on the host.
 
     A word is looked for with and without a space before it, small, capitalised and in capitals. Of a word that takes
-    several tokens the longest is guarded. Digits are numbers.
+    several tokens the longest is guarded if it has four letters or more: shorter ones are in too many other words, so
+    such a word is not guarded. Digits are numbers.
     """
     kinds = torch.zeros(vocab_size, dtype=torch.uint8)
 
@@ -94,20 +96,20 @@ def token_kinds(
         if kind == "number":
             listed += [str(n) for n in range(_LARGEST_NUMBER + 1)]
         for word in listed:
-            for form in {word, word.capitalize(), word.upper()}:
+            for form in {word, word.lower(), word.capitalize(), word.upper()}:
                 for text in (form, " " + form):
-                    mark(_longest(tokenizer, text), bit)
+                    mark(_token_of(tokenizer, text), bit)
     mark(tokenizer.all_special_ids, SPECIAL)
     mark((i for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special), SPECIAL)
     mark(end_ids, END | SPECIAL)
     return kinds
 
 
-def _longest(tokenizer: Any, text: str) -> list[int]:
-    """The token of `text` with the most letters of it; none where a space alone is left."""
+def _token_of(tokenizer: Any, text: str) -> list[int]:
+    """The token that stands for `text`, or of several the longest, where that says enough of the word."""
     ids = tokenizer.encode(text, add_special_tokens=False)
+    pieces = [(tokenizer.decode([i]).strip(), i) for i in ids]
     if len(ids) <= 1:
-        return list(ids)
-    pieces = [(len(tokenizer.decode([i]).strip()), -place, i) for place, i in enumerate(ids)]
-    length, _, token = max(pieces)
-    return [token] if length else []
+        return [i for piece, i in pieces if piece]
+    piece, token = max(pieces, key=lambda pair: len(pair[0]))
+    return [token] if len(piece) >= _LEAST_LETTERS and "\ufffd" not in piece else []

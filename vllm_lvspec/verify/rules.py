@@ -42,7 +42,8 @@ class RequestRules:
 def batch_rules(requests: Sequence[RequestRules], config: LVSpecConfig, kinds: torch.Tensor, max_drafted: int) -> Rules:
     """`Rules` of a batch, on the device of `kinds`; chains may have up to `max_drafted` tokens.
 
-    Nobody shifts, and nothing is loose, where a request is strict or its relaxation is 0.
+    Nobody shifts, and nothing is loose, where a request is strict or its relaxation is 0. `fly` has no guards and no
+    floor, as in vLLM.
     """
     device = kinds.device
     guards = SPECIAL

@@ -2,7 +2,7 @@
 
 As vLLM 0.33 does it (`rejection_sample_method: "fly"`): the entropy of the target's three likeliest tokens, not
 normalised, must reach a threshold, and the next W drafted tokens must all be the target's choices; a miss with fewer
-drafted tokens behind it never passes.
+drafted tokens behind it never passes. What is drafted behind an end token counts, as it does there.
 """
 
 from __future__ import annotations
