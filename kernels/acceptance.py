@@ -23,6 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -200,43 +201,44 @@ def accept_reference(chains: Chains, rules: Rules) -> Accepted:
     num_requests, width = len(counts), rules.num_fillers.shape[1]
     place = torch.arange(width, device=device)
     rows = torch.arange(num_requests, device=device)
-    is_drafted = place < counts[:, None]
-    index = (starts[:-1, None] + place).clamp(max=max(len(chains.draft_ids) - 1, 0))
-
-    def spread(values: torch.Tensor, other: float) -> torch.Tensor:
-        if not len(values):
-            return torch.full((num_requests, width), other, dtype=values.dtype, device=device)
-        return torch.where(is_drafted, values[index], other)
-
-    draft, target = spread(chains.draft_ids, -1).long(), spread(chains.target_ids, -1).long()
-    draft_kind, target_kind = (torch.where(ids >= 0, rules.kinds[ids.clamp(min=0)], 0).int() for ids in (draft, target))
+    # One row a request, filled up with what stands behind the last drafted token.
+    index = torch.where(place < counts[:, None], starts[:-1, None] + place, len(chains.draft_ids))
+    ids = torch.stack([chains.draft_ids.long(), chains.target_ids.long()])
+    ids = F.pad(ids, (0, 1), value=-1)[:, index]
+    draft, target = ids.unbind()
+    relevance, share = F.pad(torch.stack([chains.relevance, chains.relative_probs]), (0, 1))[:, index].unbind()
+    draft_kind, target_kind = (rules.kinds[ids.clamp(min=0)].int() * (ids >= 0)).unbind()
+    kind = draft_kind | target_kind
     is_end = ((draft_kind & END) != 0) & rules.ends[:, None]
-    stops = ((draft_kind | target_kind) & END) != 0
-    own = torch.where(rules.stop_ids >= 0, rules.stop_ids, -2).long()[:, None, :]
-    is_end |= (draft[..., None] == own).any(-1)
-    stops |= ((draft[..., None] == own) | (target[..., None] == own)).any(-1)
+    stops = (kind & END) != 0
+    if rules.stop_ids.shape[1]:
+        own = torch.where(rules.stop_ids >= 0, rules.stop_ids, -2).long()[:, None, :]
+        is_own = (ids[..., None] == own).any(-1)
+        is_end |= is_own[0]
+        stops |= is_own.any(0)
     first_end = torch.where(is_end, place, width).amin(1)
     length = torch.where(draft < 0, torch.minimum(place, counts[:, None]), counts[:, None]).amin(1)
     length = torch.minimum(length, first_end + 1)
     in_chain = place < length[:, None]
 
-    exact = spread(chains.exact, False) & in_chain
-    relevance = spread(chains.relevance, 0.0).nan_to_num(float("inf"), float("inf"), float("-inf"))
+    exact = F.pad(chains.exact, (0, 1))[index] & in_chain
+    relevance = relevance.nan_to_num(float("inf"), float("inf"), float("-inf"))
     num_anchors = length - rules.num_fillers[rows, length]
     rank = ((relevance[:, None, :] > relevance[:, :, None]) & in_chain[:, None, :]).sum(-1)
     anchor = (rank < num_anchors[:, None]) | (relevance >= rules.thresholds[:, None]) | (relevance == float("inf"))
 
-    share = spread(chains.relative_probs, 0.0)
-    free = in_chain & ~stops & (((draft_kind | target_kind) & rules.guards[:, None]) == 0)
+    free = in_chain & ~stops & ((kind & rules.guards[:, None]) == 0)
     free &= (share > 0) & (share >= rules.probability_floors[:, None])
     loose = free & ~exact & ~anchor
 
     source = torch.full_like(draft, -1)
     wants = free & ~exact & anchor & (rules.windows > 0)[:, None]
-    order = (((draft_kind | target_kind) & rules.guards[:, None] & ORDER) != 0) & in_chain
-    num_order = order.int().cumsum(1)
-    used = exact.clone()
-    for i in wants.any(0).nonzero()[:, 0].tolist():  # places where any request could use a shift
+    wanting = wants.any(0).nonzero()[:, 0].tolist()  # places where any request could use a shift
+    if wanting:
+        order = ((kind & rules.guards[:, None] & ORDER) != 0) & in_chain
+        num_order = order.int().cumsum(1)
+        used = exact.clone()
+    for i in wanting:
         distance = (place - i).abs()
         crossed = torch.where(
             place < i,

@@ -109,7 +109,7 @@ def top_entropy(row):
 
 def blind_scores(places):
     nothing = torch.zeros(0)
-    evidence = Evidence(nothing, nothing, nothing, nothing, nothing, torch.tensor(places, dtype=torch.int64))
+    evidence = Evidence(nothing, nothing, nothing, nothing, torch.tensor(places, dtype=torch.int64))
     return POLICIES["random"].score(evidence, PLAIN).tolist()
 
 

@@ -49,7 +49,7 @@ def batch_rules(requests: Sequence[RequestRules], config: LVSpecConfig, kinds: t
     guards = SPECIAL
     for name in config.guards:
         guards |= KINDS[name]
-    num_stops = max([len(r.stop_ids) for r in requests] + [1])
+    num_stops = max(len(r.stop_ids) for r in requests)
     policies = [POLICIES[r.policy] for r in requests]
     loose = [
         p.score is not None and not (p.shifts and r.relaxation == 0) for r, p in zip(requests, policies, strict=True)
@@ -74,7 +74,9 @@ def batch_rules(requests: Sequence[RequestRules], config: LVSpecConfig, kinds: t
             torch.int32,
         ),
         guards=each([SPECIAL if r.policy == "fly" else guards for r in requests], torch.int32),
-        stop_ids=each([[*r.stop_ids, *[-1] * (num_stops - len(r.stop_ids))] for r in requests], torch.int32),
+        stop_ids=each([[*r.stop_ids, *[-1] * (num_stops - len(r.stop_ids))] for r in requests], torch.int32).view(
+            len(requests), num_stops
+        ),
         kinds=kinds,
         ends=each([r.ends for r in requests], torch.bool),
         back_only=config.shift_direction == "back",

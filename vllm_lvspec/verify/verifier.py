@@ -69,15 +69,13 @@ class Verifier:
         relevance: torch.Tensor | None,
     ) -> Accepted:
         """What is emitted, and why. `relevance [num_drafted]`, or None where nobody's policy asks for it."""
-        rows = torch.arange(len(choices.draft_ids), device=choices.draft_ids.device)
         if relevance is None:
-            relevance = torch.full((len(rows),), float("nan"), device=rows.device)
+            relevance = torch.full_like(choices.exact, float("nan"), dtype=torch.float32)
         evidence = Evidence(
             logits=choices.logits,
             exact=choices.exact,
             relevance=relevance,
             starts=choices.starts,
-            requests=torch.searchsorted(choices.starts[1:], rows, right=True),
             places=choices.places,
         )
         # Padding has no logit of its own; it is never free.

@@ -24,16 +24,21 @@ class Evidence:
 
     `logits [num_drafted, vocab_size]` float32: the target's, after processors, temperature, top-k and top-p;
     `exact [num_drafted]` bool: passes vLLM's own test; `relevance [num_drafted]` float32: A_s, NaN where none can be
-    had; `starts [num_requests + 1]` int32: where each request's tokens begin; `requests`, `places [num_drafted]` int64:
-    whose token it is, and where in that request's sequence it would stand.
+    had; `starts [num_requests + 1]` int32: where each request's tokens begin; `places [num_drafted]` int64: where in
+    its request's sequence a token would stand.
     """
 
     logits: torch.Tensor
     exact: torch.Tensor
     relevance: torch.Tensor
     starts: torch.Tensor
-    requests: torch.Tensor
     places: torch.Tensor
+
+    @property
+    def requests(self) -> torch.Tensor:
+        """Whose token each is: `[num_drafted]`, int64."""
+        rows = torch.arange(len(self.exact), device=self.exact.device)
+        return torch.searchsorted(self.starts[1:], rows, right=True)
 
 
 @dataclass(frozen=True)
