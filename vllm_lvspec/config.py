@@ -41,7 +41,7 @@ class LVSpecConfig(BaseModel):
         "the video decides and loose on the rest; fly (arXiv 2511.22972) and random are there to compare with",
     )
     relaxation: float = Field(
-        0.8,
+        0.9,
         ge=0,
         le=1,
         strict=True,
@@ -72,7 +72,7 @@ class LVSpecConfig(BaseModel):
         None, ge=8, strict=True, description="width to which states are projected before they are stored and compared"
     )
     probability_floor: float = Field(
-        0.3,
+        0.5,
         ge=0,
         le=1,
         strict=True,
@@ -86,7 +86,7 @@ class LVSpecConfig(BaseModel):
         "both", description="whether a shift may rest on a later choice of the target or on earlier ones only"
     )
     guards: tuple[str, ...] = Field(
-        (), description="kinds of words that are never accepted loosely: negation, number, order"
+        ("negation", "order"), description="kinds of words that are never accepted loosely: negation, number, order"
     )
     guard_languages: tuple[str, ...] = Field(("en",), description="languages whose lists of such words are used")
     guard_words: dict[str, tuple[str, ...]] = Field({}, description="more such words, by kind")

@@ -27,7 +27,7 @@ KINDS = torch.tensor([KIND.get(token, 0) for token in range(VOCABULARY)], dtype=
 GUARDED = {"negation": NOT, "number": TWO, "order": THEN}
 NOTHING, NAN = -math.inf, math.nan
 EVERYTHING_LOOSE = RequestRules("lvspec", 1.0)
-PLAIN = LVSpecConfig(probability_floor=0.0, shift_window=0)
+PLAIN = LVSpecConfig(guards=(), probability_floor=0.0, shift_window=0)
 
 
 @dataclass(frozen=True)

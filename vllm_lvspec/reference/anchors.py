@@ -132,7 +132,7 @@ def main(
     family_name: Annotated[str, typer.Argument(metavar="FAMILY", help=" or ".join(FAMILIES))],
     samples: int = 30,
     seed: int = 1,
-    relaxation: float = 0.8,
+    relaxation: float = 0.9,
     json_path: Annotated[Path | None, typer.Option("--json", help="where the figures go, too")] = None,
 ) -> None:
     if family_name not in FAMILIES:
