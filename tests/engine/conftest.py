@@ -9,6 +9,8 @@ import pytest
 from vllm import LLM, RequestOutput, SamplingParams
 from workload import Family, Request, generate_requests
 
+from vllm_lvspec.reference import PAIRS
+
 MAX_MODEL_LEN = 512
 
 
@@ -20,7 +22,9 @@ class Engine:
     def __init__(self, target: str, drafter: str | None, **options: Any):
         Engine.newest = self
         self.has_drafter = drafter is not None
-        settings: dict[str, Any] = {"method": "lvspec", "model": drafter, **options.pop("lvspec", {})}
+        settings: dict[str, Any] = {
+            "method": "lvspec", "model": drafter, "policy": "strict", **options.pop("lvspec", {}),
+        }  # fmt: skip
         # One process instead of three starts in a third of the time. The tests of the server and of tensor parallelism
         # run all processes.
         with pytest.MonkeyPatch.context() as patch:
@@ -51,8 +55,8 @@ class Engine:
             turn += 1
         return outputs
 
-    def stats(self) -> dict[str, int]:
-        """The drafter's counts, the same on all ranks, once it has heard of all that has finished."""
+    def stats(self) -> dict[str, Any]:
+        """The drafter's and the verifier's counts, the same on all ranks, once it has heard of all that finished."""
         # Workers hear of finished requests with the next step; this one asks for a single token and has no drafts.
         self.llm.generate("the", SamplingParams(max_tokens=1), use_tqdm=False)
         ranks = self.llm.collective_rpc("lvspec_stats")
@@ -70,16 +74,25 @@ class Engine:
 
 @pytest.fixture(scope="session")
 def engines(checkpoint: Callable[..., str]) -> Iterator[Callable[..., Engine]]:
-    """`engines(family, drafter=seed or None, target=seed, **options)`: an engine; the last two stay up."""
+    """`engines(family, drafter=seed or None, target=seed, **options)`: an engine; the last two stay up.
+
+    With `pair` it is the family's bundled pair, which answers at more length.
+    """
     running: dict[str, Engine] = {}
 
-    def start(family: Family, drafter: int | None = None, target: int = 0, **options: Any) -> Engine:
-        key = repr((family.checkpoint, drafter, target, sorted(options.items())))
+    def start(
+        family: Family, drafter: int | None = None, target: int = 0, pair: bool = False, **options: Any
+    ) -> Engine:
+        key = repr((family.checkpoint, drafter, target, pair, sorted(options.items())))
         if key in running:
             running[key] = running.pop(key)
             return running[key]
         while len(running) > 1:
             running.pop(next(iter(running))).close()
+        if pair:
+            bundled = PAIRS[family.checkpoint]
+            running[key] = Engine(str(bundled.target), str(bundled.draft), **{"max_model_len": 1024, **options})
+            return running[key]
         # Drafters and targets of other seeds have other padded vocabularies, too.
         padded = {1: {"vocab_size": 1536}, 4: {"vocab_size": 1600}}
         path = None

@@ -29,7 +29,8 @@ class Pair:
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             self.llm = LLM(
                 str(self.pair.target), dtype="float32", max_model_len=1024, max_num_seqs=4, enforce_eager=True,
-                disable_log_stats=False, speculative_config="lvspec", kv_cache_memory_bytes=2**28,
+                disable_log_stats=False, speculative_config={"method": "lvspec", "policy": "strict"},
+                kv_cache_memory_bytes=2**28,
             )  # fmt: skip
         params = SamplingParams(temperature=0, max_tokens=256, logprobs=1)
         self.answers = self.llm.generate([self.prompt(s) for s in self.samples], params, use_tqdm=False)

@@ -71,6 +71,10 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             self.rejection_sampler.batch = self.verification.batch(spec_decode_metadata)
         return super()._sample(logits, spec_decode_metadata)
 
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.verification.begin_forward(kwargs.get("inputs_embeds"))
+        return super()._model_forward(*args, **kwargs)
+
     def sample_tokens(self, grammar_output: Any) -> Any:
         self.verification.seconds = 0.0
         if (state := self.execute_model_state) is not None:

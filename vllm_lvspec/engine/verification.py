@@ -105,6 +105,7 @@ class Verification:
         self.finished: deque[tuple[str, list[int]]] = deque(maxlen=NUM_FINISHED)
         self._requests: dict[str, _Request] = {}
         self._states: torch.Tensor | None = None
+        self._embeddings: torch.Tensor | None = None
         self._pages: tuple[tuple, VisualPages] | None = None
         self._accepted: Accepted | None = None
         model = vllm_config.model_config
@@ -203,7 +204,8 @@ class Verification:
 
     def _last_values(self, layer_name: str, spec: FullAttentionSpec) -> torch.Tensor:
         """The last layer's values as `[num_blocks, block_size, num_kv_heads, head_size]`, without a copy."""
-        cache = self.vllm_config.compilation_config.static_forward_context[layer_name].kv_cache
+        layer = self.vllm_config.compilation_config.static_forward_context[layer_name]
+        cache = layer.kv_cache
         name = self.runner.attn_groups[self.group_id][0].backend.get_name()
         num_blocks, heads, size, content = cache.shape
         if size != spec.block_size or content != 2 * spec.head_size or cache.dtype.itemsize < 2:
@@ -211,17 +213,23 @@ class Verification:
                 f"anchor_source={self.config.anchor_source!r}: values can't be read from this KV cache (kernel blocks "
                 f"of {size} tokens in blocks of {spec.block_size}, {cache.dtype}); must be hidden"
             )
-        if name == "CPU_ATTN":  # keys of all slots, then values of all slots
+        # Keys of all slots, then values of all slots; kernels for other instruction sets may pack them.
+        if name == "CPU_ATTN" and layer.isa in ("vec", "vec16"):
             cache = cache.view(num_blocks, heads, 2 * size, -1)[:, :, size:]
         elif name == "FLASH_ATTN":
             cache = cache[..., spec.head_size :]
         else:
             raise LVSpecConfigError(
-                f"anchor_source={self.config.anchor_source!r}: where {name} keeps values is not known; must be hidden"
+                f"anchor_source={self.config.anchor_source!r}: how {name} keeps values is not known; must be hidden"
             )
         return cache.transpose(1, 2)
 
     # A step -------------------------------------------------------------------------------------------------------
+
+    def begin_forward(self, inputs_embeds: torch.Tensor | None) -> None:
+        """Keep what goes into the first layer, where it is compared: kernels may add to it in place."""
+        if self.uses_features and self.source.kind == "embedding" and inputs_embeds is not None:
+            self._embeddings = inputs_embeds.clone()
 
     @_timed
     def begin_step(self, scheduler_output: Any, hidden: torch.Tensor, inner: list[torch.Tensor] | None) -> None:
@@ -235,7 +243,8 @@ class Verification:
             assert inner is not None
             self._states = inner[0][:num_tokens]
         elif self.source.kind == "embedding":
-            self._states = self.runner.inputs_embeds.gpu[:num_tokens]
+            assert self._embeddings is not None
+            self._states = self._embeddings[:num_tokens]
         else:
             self._states = hidden[:num_tokens]
         self._store(scheduler_output)
@@ -298,6 +307,7 @@ class Verification:
         )  # fmt: skip
         if request is not None:  # a streaming session has gone on with a longer prompt
             new.reasons = request.reasons
+            self._pages = None
         self._requests[state.req_id] = new
         return new
 

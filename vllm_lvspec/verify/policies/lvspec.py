@@ -3,7 +3,8 @@
 from vllm_lvspec.verify.policies import Policy, share_of_chain
 
 LVSPEC = Policy(
-    score=lambda evidence, config: evidence.relevance,
+    # Rounded, so that tokens of the same state are ties whatever the order in which their products were summed.
+    score=lambda evidence, config: evidence.relevance.round(decimals=6),
     num_fillers=share_of_chain,
     uses_relevance=True,
     shifts=True,
