@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -15,6 +15,10 @@ from vllm_lvspec.verify.sources import AnchorSource
 
 METHOD: Literal["lvspec"] = "lvspec"
 MAX_SPECULATIVE_TOKENS = 128  # vLLM's rejection sampler takes no longer chains
+
+
+_Share = Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False)]
+_Cosine = Annotated[float, Field(ge=-1, le=1, strict=True, allow_inf_nan=False)]
 
 
 class LVSpecConfigError(ValueError):
@@ -40,43 +44,21 @@ class LVSpecConfig(BaseModel):
         description="how drafts are verified: strict emits what the target alone would emit; lvspec is strict on what "
         "the video decides and loose on the rest; fly (arXiv 2511.22972) and random are there to compare with",
     )
-    relaxation: float = Field(
-        0.9,
-        ge=0,
-        le=1,
-        strict=True,
-        allow_inf_nan=False,
-        description="lambda, the share of drafted tokens that are fillers",
-    )
-    max_relaxation: float = Field(
-        1.0,
-        ge=0,
-        le=1,
-        strict=True,
-        allow_inf_nan=False,
-        description="the largest relaxation that a request may ask for",
-    )
+    relaxation: _Share = Field(0.9, description="lambda, the share of drafted tokens that are fillers")
+    max_relaxation: _Share = Field(1.0, description="the largest relaxation that a request may ask for")
     anchor_source: str = Field("hidden", description="whose states are compared with those of the video")
     anchor_top_n: int = Field(
         10, ge=1, le=MAX_TOP_N, strict=True, description="N, the number of largest cosines whose mean is the relevance"
     )
-    anchor_threshold: float | None = Field(
+    anchor_threshold: _Cosine | None = Field(
         None,
-        ge=-1,
-        le=1,
-        strict=True,
-        allow_inf_nan=False,
         description="a relevance from which a token is an anchor whatever its rank; with relaxation=1 it alone decides",
     )
     anchor_projection: int | None = Field(
         None, ge=8, strict=True, description="width to which states are projected before they are stored and compared"
     )
-    probability_floor: float = Field(
+    probability_floor: _Share = Field(
         0.5,
-        ge=0,
-        le=1,
-        strict=True,
-        allow_inf_nan=False,
         description="least probability of a loosely accepted token, as a share of that of the target's best",
     )
     shift_window: int = Field(
@@ -92,7 +74,7 @@ class LVSpecConfig(BaseModel):
     guard_words: dict[str, tuple[str, ...]] = Field({}, description="more such words, by kind")
     fly_window: int = Field(6, ge=0, le=MAX_SPECULATIVE_TOKENS, strict=True, description="W of the policy fly")
     fly_entropy: float = Field(
-        0.3, ge=0, allow_inf_nan=False, description="the entropy (nats) that policy fly asks for"
+        0.3, ge=0, strict=True, allow_inf_nan=False, description="the entropy (nats) that policy fly asks for"
     )
     pruning: str = Field("uniform", description="which tokens of a video the drafter sees")
     pruning_ratio: float = Field(

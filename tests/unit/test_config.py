@@ -1,3 +1,7 @@
+import json
+import re
+from pathlib import Path
+
 import pytest
 
 from vllm_lvspec.config import LVSpecConfig, LVSpecConfigError, names_lvspec
@@ -189,3 +193,14 @@ def test_sources_of_relevance_are_read(text, source):
 def test_what_is_no_source_is_refused(text):
     with pytest.raises(ValueError, match="must be one of hidden"):
         AnchorSource.parse(text)
+
+
+def test_the_pages_name_every_setting_with_its_default():
+    root = Path(__file__).parents[2]
+    pages = (root / "README.md").read_text() + (root / "docs" / "verification.md").read_text()
+    for name, field in LVSpecConfig.model_fields.items():
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        shown = "" if default is None else json.dumps(default)
+        row = re.search(rf"^\| `{name}` \| ([^|]*) \|", pages, re.MULTILINE)
+        assert row is not None, name
+        assert name in ("method", "draft_cache_gib") or row[1].strip("`") in (shown, "–", "by target"), name
