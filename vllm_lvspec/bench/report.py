@@ -102,6 +102,9 @@ step is this package's own; T / (1 + K c + o) = {{ "%.2f" | format(p.bound.speed
 """
 
 
+_MARKERS = "os^vD<>PXp*h"
+
+
 def markdown(report: Report) -> str:
     """The report as a page."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)
@@ -154,7 +157,7 @@ def pareto(report: Report, path: Path) -> None:
         policy, *settings = name.split(":")
         values = {key: value for key, _, value in (s.partition("=") for s in settings)}
         own = values.pop("relaxation", "")
-        label = " ".join([policy, *(f"{k}={v}" if v else k for k, v in values.items())])
+        label = " ".join([policy, *(f"{k}={v or 'none'}" for k, v in values.items())])
         points.setdefault(label, []).append((own, p))
     if sum(map(len, points.values())) < 3:
         return
@@ -164,12 +167,15 @@ def pareto(report: Report, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
-    for label, group in points.items():
+    colours = pyplot.get_cmap("tab20" if len(points) > 10 else "tab10")
+    for i, (label, group) in enumerate(points.items()):
         group.sort(key=lambda pair: pair[1].mean_accepted_length or 0)
         x, y = ([getattr(p, key) for _, p in group] for key in ("mean_accepted_length", "retention"))
         errors = [_errors([p for _, p in group], key) for key in ("mean_accepted_length", "retention")]
-        axis.errorbar(x, y, xerr=errors[0], yerr=errors[1], marker="o", markersize=4, linewidth=1, elinewidth=0.5,
-                      capsize=2, label=label)  # fmt: skip
+        look = {"marker": _MARKERS[i % len(_MARKERS)], "color": colours(i % colours.N), "label": label}
+        axis.errorbar(
+            x, y, xerr=errors[0], yerr=errors[1], markersize=5, linewidth=1, elinewidth=0.5, capsize=2, **look
+        )
         for (own, _), place in zip(group, zip(x, y, strict=True), strict=True):
             axis.annotate(own, place, textcoords="offset points", xytext=(4, 4), fontsize="x-small")
     axis.axhline(1, color="grey", linewidth=0.8, zorder=0)
