@@ -172,10 +172,10 @@ def pareto(report: Report, path: Path) -> None:
         group.sort(key=lambda pair: pair[1].mean_accepted_length or 0)
         x, y = ([getattr(p, key) for _, p in group] for key in ("mean_accepted_length", "retention"))
         errors = [_errors([p for _, p in group], key) for key in ("mean_accepted_length", "retention")]
-        look = {"marker": _MARKERS[i % len(_MARKERS)], "color": colours(i % colours.N), "label": label}
         axis.errorbar(
-            x, y, xerr=errors[0], yerr=errors[1], markersize=5, linewidth=1, elinewidth=0.5, capsize=2, **look
-        )
+            x, y, xerr=errors[0], yerr=errors[1], marker=_MARKERS[i % len(_MARKERS)], color=colours(i % colours.N),
+            markersize=5, linewidth=1, elinewidth=0.5, capsize=2, label=label,
+        )  # fmt: skip
         for (own, _), place in zip(group, zip(x, y, strict=True), strict=True):
             axis.annotate(own, place, textcoords="offset points", xytext=(4, 4), fontsize="x-small")
     axis.axhline(1, color="grey", linewidth=0.8, zorder=0)
