@@ -85,7 +85,7 @@ class Accepted:
     sources: torch.Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_stops", "max_drafted"])
 def _accept_kernel(
     token_ids_ptr,
     reasons_ptr,

@@ -36,7 +36,7 @@ class VisualPages:
     starts: torch.Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries"])
 def _top_cosines_kernel(
     tops_ptr,  # [num_splits, num_queries, TOP]
     queries_ptr,
@@ -117,7 +117,7 @@ def _top_cosines_kernel(
     tl.store(out, top, mask=is_query[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "num_splits", "top_n"])
 def _mean_of_top_kernel(
     relevance_ptr,
     tops_ptr,

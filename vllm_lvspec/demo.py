@@ -94,12 +94,12 @@ def run_demo(console: Console, max_tokens: int = 256) -> None:
         "The bundled target is so small that a drafted token costs a fifth of one of its steps: what is saved here are "
         "target steps more than seconds."
     )
-    _, strict, plain = results
+    loose, strict, plain = results
     same = sum(a == b for a, b in zip(strict.answers, plain.answers, strict=True))
     console.print(
         f"strict: {same} of {len(clips)} answers are the same to the letter as without a drafter (weights are "
         "bfloat16; where two tokens are as good as equally likely, one row and eleven rows round differently in vLLM "
-        "itself). lvspec: other words, the same facts."
+        f"itself). lvspec: other words; {loose.right} of {loose.facts} facts are told, {plain.right} without a drafter."
     )
 
 

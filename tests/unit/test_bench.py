@@ -169,7 +169,7 @@ def test_reasons_are_the_plugins_own_where_it_counts_them(report):
     run = PolicyRun(loose, StepTimes(80, 8.0, 4.0), [0] * 150 + [4, 0, 4] + [0] * 47 + [9])
     result = summarise({"lvspec": run}, samples, settings_for(samples, ["lvspec"]), ENVIRONMENT).policies["lvspec"]
     assert result.reasons == {"exact": 240, "loose": 80, "shift": 4, "target": 80}
-    assert result.relevance["0.3"] == pytest.approx(0.5) and result.relevance["0.9"] == pytest.approx(0.52)
+    assert result.relevance["0.3"] == pytest.approx(0.51) and result.relevance["0.9"] == pytest.approx(0.53)
     assert report.policies["strict"].relevance is None
 
 

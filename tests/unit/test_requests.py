@@ -255,3 +255,16 @@ def test_the_first_request_of_a_server_is_strict_too_where_it_has_tools():
     target = Path(vllm_lvspec.__file__).parent / "reference/checkpoints/qwen2_5_vl/target"
     EngineArgs(model=str(target), speculative_config="lvspec").create_engine_config()
     assert rules_of(chat(tools=[TOOL])).is_strict
+
+
+def test_very_many_stop_tokens_make_a_request_strict():
+    few = request_rules(SamplingParams(stop_token_ids=list(range(64))), LVSPEC)
+    many = request_rules(SamplingParams(stop_token_ids=list(range(65))), LVSPEC)
+    assert few.policy == "lvspec" and len(few.stop_ids) == 64
+    assert many == RequestRules()
+
+
+@pytest.mark.parametrize("key", ["lvspec_policy", "lvspec_relaxation"])
+def test_nothing_is_no_answer_to_how_to_verify(key):
+    with pytest.raises(RequestError, match=f"{key}=None: must be"):
+        request_rules(SamplingParams(extra_args={key: None}), LVSPEC)

@@ -68,16 +68,17 @@ def speculative_config(peer: str, settings: DraftSettings) -> dict[str, Any] | N
     config = PEERS[name](settings)
     if parts and config is None:
         raise PeerError(f"policies={peer!r}: {name} has no settings; must be {name} alone")
+    before = ""
     for text in parts:
         key, equals, value = text.partition("=")
-        # Sources have colons of their own.
-        if not equals and config is not None and "anchor_source" in config:
-            config["anchor_source"] += ":" + key
+        assert config is not None
+        if not equals and before == "anchor_source":  # sources have colons of their own
+            config[before] += f":{text}"
             continue
         if not equals or not key:
             raise PeerError(f"policies={peer!r}: {text!r} must be key=value")
-        assert config is not None
         config[key] = setting(value)
+        before = key
     if config is not None and config["method"] == METHOD:
         LVSpecConfig.parse(config)
     return config

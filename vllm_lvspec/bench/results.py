@@ -348,7 +348,8 @@ def _quantiles(counts: Sequence[int]) -> dict[str, float] | None:
         return None
     places = np.searchsorted(cumulated, [share * cumulated[-1] for share in QUANTILES])
     return {
-        f"{share:g}": float(-1 + 2 * place / len(cumulated)) for share, place in zip(QUANTILES, places, strict=True)
+        f"{share:g}": float(-1 + 2 * (place + 1) / len(cumulated))
+        for share, place in zip(QUANTILES, places, strict=True)
     }
 
 

@@ -216,7 +216,7 @@ def _counters(llm: Any) -> tuple[dict[str, float], list[int]] | None:
 def _reasons(llm: Any, request_id: str) -> dict[str, int]:
     """Of a request that has just finished. vLLM's own name for it is longer by a dash and some letters."""
     counts = llm.collective_rpc("lvspec_reasons")[0]
-    return [row for name, row in counts.items() if name.rpartition("-")[0] == request_id][-1]
+    return [row for name, row in counts.items() if request_id in (name, name.rpartition("-")[0])][-1]
 
 
 def _ask(

@@ -133,7 +133,7 @@ def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) ->
             config.pruning,
             config.pruning_ratio,
             config.policy,
-            "." if config.is_lossy else ": outputs are those of the target alone.",
+            "." if config.policy != "strict" else ": outputs are those of the target alone.",
         )
         make_tool_calls_strict()
         if config.is_lossy:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vllm import envs
 from vllm.config import CompilationConfig, CompilationMode, ModelConfig, VllmConfig
 from vllm.config.utils import replace as replace_config
 from vllm.engine.arg_utils import EngineArgs
@@ -130,6 +131,8 @@ def check_arguments(args: EngineArgs) -> None:
         value = getattr(args, key)
         shown = repr(value) if isinstance(value, bool | int | float | str) else type(value).__name__
         _require(value in allowed, f"{key}={shown}: not supported with lvspec; must be {allowed[0]!r}")
+    # It would admit requests that nobody has checked.
+    _require(not envs.VLLM_USE_RUST_FRONTEND, "VLLM_USE_RUST_FRONTEND=1: not supported with lvspec; must be 0")
 
 
 def check_engine(vllm_config: VllmConfig, config: LVSpecConfig) -> None:

@@ -20,6 +20,7 @@ from vllm_lvspec.verify.rules import RequestRules
 
 PREFIX = "lvspec_"
 POLICY, RELAXATION = PREFIX + "policy", PREFIX + "relaxation"
+MAX_STOP_IDS = 64
 _CLASS = "RequestChecker_"
 
 
@@ -29,24 +30,25 @@ class RequestError(ValueError):
 
 def asked_for(params: SamplingParams) -> dict[str, Any]:
     """What the request says of lvspec."""
-    return {key: value for key, value in (params.extra_args or {}).items() if key.startswith(PREFIX)}
+    return {key: value for key, value in (params.extra_args or {}).items() if str(key).startswith(PREFIX)}
 
 
 def request_rules(params: SamplingParams, config: LVSpecConfig) -> RequestRules:
     """The rules of a request. Raises RequestError for what it may not ask for.
 
-    Structured output is strict unless the request says otherwise.
+    Structured output is strict unless the request says otherwise, and so is whoever names very many stop tokens, which
+    every step would have to look through.
     """
     asked = asked_for(params)
+    policy: str | None = asked.get(POLICY)
+    relaxation: Any = asked.get(RELAXATION)
     known = (POLICY, RELAXATION)
     for key in asked.keys() - set(known):
         raise RequestError(f"{key}={asked[key]!r}: unknown key; known keys are {', '.join(known)}")
-    policy = asked.get(POLICY)
     allowed = ("strict", config.policy) if config.policy != "strict" else ("strict",)
-    if policy is not None and policy not in allowed:
+    if POLICY in asked and policy not in allowed:
         raise RequestError(f"{POLICY}={policy!r}: must be {' or '.join(allowed)} on this server")
-    relaxation = asked.get(RELAXATION)
-    if relaxation is not None:
+    if RELAXATION in asked:
         number = not isinstance(relaxation, bool) and isinstance(relaxation, int | float)
         if not number or not 0 <= relaxation <= config.max_relaxation:
             raise RequestError(f"{RELAXATION}={relaxation!r}: must be a number from 0 to {config.max_relaxation:g}")
@@ -56,12 +58,15 @@ def request_rules(params: SamplingParams, config: LVSpecConfig) -> RequestRules:
         policy = "strict" if not asked and params.structured_outputs is not None else config.policy
     if relaxation is None:
         relaxation = config.relaxation if POLICIES[policy].shifts else None
+    stop_ids = tuple(params.stop_token_ids or ())
     if relaxation == 0:
         policy = "strict"
+    if len(stop_ids) > MAX_STOP_IDS:  # strict requests need not name them: vLLM cuts behind the first
+        policy, relaxation, stop_ids = "strict", None, ()
     return RequestRules(
         policy=policy,
         relaxation=float(relaxation or 0.0),
-        stop_ids=tuple(params.stop_token_ids or ()),
+        stop_ids=stop_ids,
         ends=not params.ignore_eos,
     )
 

@@ -114,9 +114,12 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             self.requires_sequential_video_encoding = True
         self.verification.prepare_model()
 
-    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
-        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        self.verification.allocate(self.kv_cache_config)
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, is_profiling: bool = False, *args: Any, **kwargs: Any
+    ) -> None:
+        super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
+        if not is_profiling:
+            self.verification.allocate(self.kv_cache_config)
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
         with self.drafter.reserved():

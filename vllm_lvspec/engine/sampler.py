@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.rejection_sampler import (
@@ -17,7 +18,7 @@ from vllm.v1.sample.rejection_sampler import (
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_lvspec.engine.verification import Batch, Verification, cumulated
+from vllm_lvspec.engine.verification import Batch, Verification
 from vllm_lvspec.verify.verifier import Choices
 
 
@@ -64,7 +65,7 @@ class LVSpecRejectionSampler(RejectionSampler):
             draft_ids=metadata.draft_token_ids,
             target_ids=target_ids,
             bonus_ids=bonus.sampled_token_ids.flatten().int(),
-            starts=cumulated(metadata.cu_num_draft_tokens),
+            starts=F.pad(metadata.cu_num_draft_tokens, (1, 0)).int(),
             exact=exact,
             logits=processed,
             places=batch.places,

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
@@ -27,7 +26,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm_lvspec.config import LVSpecConfigError
 from vllm_lvspec.engine.arguments import lvspec_config
 from vllm_lvspec.engine.proposer import embedded_rows
-from vllm_lvspec.engine.requests import request_rules
+from vllm_lvspec.engine.requests import RequestError, request_rules
 from vllm_lvspec.kernels.acceptance import EXACT, LOOSE, SHIFT, TARGET, Accepted
 from vllm_lvspec.kernels.relevance import VisualPages
 from vllm_lvspec.verify.features import FeatureCache, Layout, Projection, num_shares, tag_of
@@ -45,7 +44,7 @@ NUM_FINISHED = 1024  # requests whose counts are kept after their end
 
 @dataclass
 class _Request:
-    """What is known of a request while it runs.
+    """What is known of a request while it runs; `rules` follow from `params`.
 
     `positions`, `tags [num_visual]`: places of its visual tokens in the prompt, ascending, and of which items they are;
     `own`: this rank's share of the places, as the kernel counts them; `is_known`: whether all features are in the
@@ -53,6 +52,7 @@ class _Request:
     """
 
     rules: RequestRules
+    params: SamplingParams | None
     num_items: int
     positions: np.ndarray
     tags: np.ndarray
@@ -101,7 +101,7 @@ class Verification:
         self.project: Projection | None = None
         self.seconds = 0.0
         self.reasons = np.zeros(TARGET + 1, dtype=np.int64)
-        self.counts = {"loose_requests": 0, "strict_requests": 0, "missing_features": 0}
+        self.counts = {"loose_chains": 0, "strict_chains": 0, "missing_features": 0}
         self.finished: deque[tuple[str, list[int]]] = deque(maxlen=NUM_FINISHED)
         self._requests: dict[str, _Request] = {}
         self._states: torch.Tensor | None = None
@@ -123,8 +123,8 @@ class Verification:
         model = self.vllm_config.model_config
         generation = try_get_generation_config(model.model, model.trust_remote_code, model.revision)
         ends = getattr(generation, "eos_token_id", None)
-        ends = ends if isinstance(ends, list) else [ends]
-        return {i for i in (*ends, tokenizer.eos_token_id, model.hf_text_config.eos_token_id) if isinstance(i, int)}
+        named = (ends, tokenizer.eos_token_id, getattr(model.hf_text_config, "eos_token_id", None))
+        return {i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
 
     # Features -----------------------------------------------------------------------------------------------------
 
@@ -171,17 +171,16 @@ class Verification:
 
     def allocate(self, kv_cache_config: KVCacheConfig) -> None:
         """Make the feature cache beside vLLM's KV cache, with its blocks."""
-        self._pages = None
+        self._pages = self.features = None
         if not self.uses_features:
             return
         groups = kv_cache_config.kv_cache_groups
-        self.group_id = next((i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, FullAttentionSpec)), None)
-        if self.group_id is None:
+        spec = groups[0].kv_cache_spec
+        if len(groups) > 1 or not isinstance(spec, FullAttentionSpec):
             raise LVSpecConfigError(
-                f'policy="{self.config.policy}": the target keeps no tokens of the whole video (no full attention); '
-                'must be "strict"'
+                f"policy={self.config.policy!r}: the target's layers have different kinds of KV cache, or none of the "
+                "whole video; must be 'strict'"
             )
-        spec = groups[self.group_id].kv_cache_spec
         model = self.vllm_config.model_config
         layout = self._layout(kv_cache_config.num_blocks, spec.block_size)
         stored = self._stores_features()
@@ -197,7 +196,7 @@ class Verification:
                 layout.width,
             )
         else:
-            self._values = self._last_values(groups[self.group_id].layer_names[-1], spec)
+            self._values = self._last_values(groups[0].layer_names[-1], spec)
         if layout.num_shares > 1:
             group = get_tp_group()
             self.verifier.gather = lambda tops: group.all_gather(tops, dim=0)
@@ -206,7 +205,7 @@ class Verification:
         """The last layer's values as `[num_blocks, block_size, num_kv_heads, head_size]`, without a copy."""
         layer = self.vllm_config.compilation_config.static_forward_context[layer_name]
         cache = layer.kv_cache
-        name = self.runner.attn_groups[self.group_id][0].backend.get_name()
+        name = self.runner.attn_groups[0][0].backend.get_name()
         num_blocks, heads, size, content = cache.shape
         if size != spec.block_size or content != 2 * spec.head_size or cache.dtype.itemsize < 2:
             raise LVSpecConfigError(
@@ -252,7 +251,7 @@ class Verification:
     def _store(self, scheduler_output: Any) -> None:
         assert self.features is not None
         batch = self.runner.input_batch
-        table = batch.block_table[self.group_id].get_numpy_array()
+        table = batch.block_table[0].get_numpy_array()
         layout = self.features.layout
         rows, blocks, slots, first = [], [], [], 0
         for i, req_id in enumerate(batch.req_ids):
@@ -282,11 +281,13 @@ class Verification:
             self.features.write(self._projected(self._states[row_idx]), block_idx, slot_idx)
 
     def _projected(self, states: torch.Tensor) -> torch.Tensor:
-        return states if self.project is None else self.project(states)
+        states = states if self.project is None else self.project(states)
+        return states.to(self.vllm_config.model_config.dtype)  # some models add up their layers in float32
 
     def _request(self, state: CachedRequestState) -> _Request:
         request = self._requests.get(state.req_id)
-        if request is not None and request.num_items == len(state.mm_features):
+        is_same = request is not None and request.params is state.sampling_params
+        if request is not None and is_same and request.num_items == len(state.mm_features):
             return request
         positions, tags = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for item in state.mm_features:
@@ -299,17 +300,25 @@ class Verification:
         own = places
         if self.features is not None:
             own = places[self.features.layout.own(places)] // self.features.layout.num_shares
-        params = state.sampling_params
-        rules = request_rules(params, self.config) if params is not None else RequestRules()
         new = _Request(
-            rules, len(state.mm_features), places, items,
+            self._rules_of(state), state.sampling_params, len(state.mm_features), places, items,
             torch.from_numpy(own.astype(np.int32)).to(self.runner.device),
         )  # fmt: skip
-        if request is not None:  # a streaming session has gone on with a longer prompt
+        if request is not None:  # a streaming session has gone on with a longer prompt, or asks for something else
             new.reasons = request.reasons
             self._pages = None
         self._requests[state.req_id] = new
         return new
+
+    def _rules_of(self, state: CachedRequestState) -> RequestRules:
+        if state.sampling_params is None:
+            return RequestRules()
+        try:
+            return request_rules(state.sampling_params, self.config)
+        except RequestError as error:
+            # The front end refuses such requests; whoever comes by another way is no reason for an engine to die.
+            logger.warning_once("lvspec: %s; the request is verified strictly.", str(error))
+            return RequestRules()
 
     def _rules_now(self, row: int, req_id: str) -> RequestRules:
         """The request's rules; strict ones where it sees nothing, or where features are missing."""
@@ -323,7 +332,7 @@ class Verification:
             return request.rules
         if request.is_known is None:
             assert self.features is not None
-            table = self.runner.input_batch.block_table[self.group_id].get_numpy_array()
+            table = self.runner.input_batch.block_table[0].get_numpy_array()
             request.is_known = self.features.holds(table[row], request.positions, request.tags)
             self.counts["missing_features"] += not request.is_known
         return request.rules if request.is_known else request.rules.as_strict()
@@ -333,10 +342,14 @@ class Verification:
         """What the sampler needs, or None where all drafts are verified strictly."""
         req_ids = self.runner.input_batch.req_ids
         drafted = metadata.num_draft_tokens
-        rules = [self._rules_now(i, req_id) for i, req_id in enumerate(req_ids)]
+        # Of a request without drafts nothing is verified.
+        rules = [
+            self._rules_now(i, req_id) if count else RequestRules()
+            for i, (req_id, count) in enumerate(zip(req_ids, drafted, strict=True))
+        ]
         loose = [bool(n) and not r.is_strict for r, n in zip(rules, drafted, strict=True)]
-        self.counts["loose_requests"] += sum(loose)
-        self.counts["strict_requests"] += sum(bool(n) for n in drafted) - sum(loose)
+        self.counts["loose_chains"] += sum(loose)
+        self.counts["strict_chains"] += sum(bool(n) for n in drafted) - sum(loose)
         if not any(loose):
             return None
         rows = metadata.logits_indices[metadata.target_logits_indices].long()
@@ -352,7 +365,7 @@ class Verification:
         if self.source.kind != "value":
             assert self._states is not None
             return self._projected(self._states[rows])
-        slots = self.runner.input_batch.block_table[self.group_id].slot_mapping.gpu[rows]
+        slots = self.runner.input_batch.block_table[0].slot_mapping.gpu[rows]
         size = self._values.shape[1]
         return self._values[slots // size, slots % size].flatten(1)
 
@@ -367,7 +380,7 @@ class Verification:
             starts = torch.tensor([0, *np.cumsum([len(x) for x in own])], dtype=torch.int32).to(features.device)
             self._pages = (key, VisualPages(features, nothing.view(0, 0), torch.cat(own), starts))
         pages = self._pages[1]
-        table = self.runner.input_batch.block_table[self.group_id].get_device_tensor(len(req_ids))
+        table = self.runner.input_batch.block_table[0].get_device_tensor(len(req_ids))
         return VisualPages(features, table, pages.positions, pages.starts)
 
     @_timed
@@ -436,8 +449,3 @@ def _until_end(tokens: list[int], params: SamplingParams) -> int:
     if ends.isdisjoint(tokens):
         return len(tokens)
     return next(i for i, token in enumerate(tokens) if token in ends) + 1
-
-
-def cumulated(counts: torch.Tensor) -> torch.Tensor:
-    """vLLM's cumulated counts `[batch]` with a zero in front, int32."""
-    return F.pad(counts, (1, 0)).int()

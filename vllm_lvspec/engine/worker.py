@@ -22,10 +22,9 @@ class LVSpecWorker(Worker):
         super().init_device()
 
     def determine_available_memory(self) -> int:
+        is_fixed = self.cache_config.kv_cache_memory_bytes  # asked before: a start-up plan of vLLM's sets it, too
         available = super().determine_available_memory()
-        if self.cache_config.kv_cache_memory_bytes:
-            return available
-        return int(available * (1 - self._share_of_features()))
+        return available if is_fixed else int(available * (1 - self._share_of_features()))
 
     def _share_of_features(self) -> float:
         return self.model_runner.verification.share_of_memory(self.get_kv_cache_spec())

@@ -28,7 +28,7 @@ from vllm_lvspec.bench.videofacts.tasks import TASKS, Task, make_task
 from vllm_lvspec.reference import PAIRS
 from vllm_lvspec.reference.families import FAMILIES, Family
 from vllm_lvspec.reference.tokenizer import ASSISTANT_TURN, USER_TURN
-from vllm_lvspec.verify.policies import share_of_chain
+from vllm_lvspec.verify.policies.policy import share_of_chain
 
 TOP_N = (1, 10, 100)
 CHAIN = 10

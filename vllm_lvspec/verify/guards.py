@@ -100,7 +100,8 @@ def token_kinds(
                 for text in (form, " " + form):
                     mark(_token_of(tokenizer, text), bit)
     mark(tokenizer.all_special_ids, SPECIAL)
-    mark((i for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special), SPECIAL)
+    # All of them: tokens that open or close reasoning and tool calls are often not called special.
+    mark(getattr(tokenizer, "added_tokens_decoder", {}), SPECIAL)
     mark(end_ids, END | SPECIAL)
     return kinds
 

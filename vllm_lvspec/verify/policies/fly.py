@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_lvspec.verify.policies import Evidence, Policy
+from vllm_lvspec.verify.policies.policy import Evidence, Policy
 
 if TYPE_CHECKING:
     from vllm_lvspec.config import LVSpecConfig

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_lvspec.verify.policies import Evidence, Policy, share_of_chain
+from vllm_lvspec.verify.policies.policy import Evidence, Policy, share_of_chain
 
 if TYPE_CHECKING:
     from vllm_lvspec.config import LVSpecConfig

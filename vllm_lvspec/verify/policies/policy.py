@@ -1,0 +1,56 @@
+"""What a policy is, and what it may look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from vllm_lvspec.config import LVSpecConfig
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a step's drafted tokens, flat over requests as in vLLM.
+
+    `logits [num_drafted, vocab_size]` float32: the target's, after processors, temperature, top-k and top-p;
+    `exact [num_drafted]` bool: passes vLLM's own test; `relevance [num_drafted]` float32: A_s, NaN where none can be
+    had; `starts [num_requests + 1]` int32: where each request's tokens begin; `places [num_drafted]` int64: where in
+    its request's sequence a token would stand.
+    """
+
+    logits: torch.Tensor
+    exact: torch.Tensor
+    relevance: torch.Tensor
+    starts: torch.Tensor
+    places: torch.Tensor
+
+    @property
+    def requests(self) -> torch.Tensor:
+        """Whose token each is: `[num_drafted]`, int64."""
+        rows = torch.arange(len(self.exact), device=self.exact.device)
+        return torch.searchsorted(self.starts[1:], rows, right=True)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How fillers are told from anchors.
+
+    `score(evidence, config) -> [num_drafted]` float32, or None: everything is an anchor. `num_fillers(relaxation, k)`:
+    how many of k drafted tokens are fillers. `uses_relevance`: whether the score needs visual features. `shifts`:
+    whether there is a relaxation, and anchors may shift.
+    """
+
+    score: Callable[[Evidence, LVSpecConfig], torch.Tensor] | None = None
+    num_fillers: Callable[[float, int], int] = lambda relaxation, k: 0
+    uses_relevance: bool = False
+    shifts: bool = False
+
+
+def share_of_chain(relaxation: float, k: int) -> int:
+    """LVSpec's lambda: the share of a chain of k that is fillers. Counted so that 0.7 of 10 are 7, not 6."""
+    return math.floor(relaxation * k + 1e-9)
