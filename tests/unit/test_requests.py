@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
@@ -14,6 +15,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor, validate_logits_pro
 import vllm_lvspec
 from vllm_lvspec.config import LVSpecConfig
 from vllm_lvspec.engine.requests import RequestError, checker_name, make_tool_calls_strict, request_rules
+from vllm_lvspec.engine.verification import Verification
 from vllm_lvspec.plugin import register
 from vllm_lvspec.verify.rules import RequestRules
 
@@ -268,3 +270,19 @@ def test_very_many_stop_tokens_make_a_request_strict():
 def test_nothing_is_no_answer_to_how_to_verify(key):
     with pytest.raises(RequestError, match=f"{key}=None: must be"):
         request_rules(SamplingParams(extra_args={key: None}), LVSPEC)
+
+
+def test_a_running_session_is_verified_as_its_newest_parameters_say_and_bad_ones_are_strict():
+    verification = Verification.__new__(Verification)
+    verification.config, verification.features = LVSPEC, None
+    verification.runner = SimpleNamespace(device="cpu")
+    verification._requests, verification._pages = {}, None
+
+    def rules_with(extra: dict) -> RequestRules:
+        params = SamplingParams(extra_args=extra)
+        return verification._request(SimpleNamespace(req_id="a", sampling_params=params, mm_features=[])).rules
+
+    assert rules_with({"lvspec_policy": "strict"}).is_strict
+    assert not rules_with({"lvspec_relaxation": 0.5}).is_strict
+    assert rules_with({"lvspec_policy": "strict"}).is_strict
+    assert rules_with({"lvspec_surprise": 1}).is_strict
