@@ -4,8 +4,10 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 from vllm.utils import cpu_triton_utils as stock
+from vllm.v1.sample import rejection_sampler
 
-from vllm_lvspec.engine.cpu_kernels import expand, rejection_random_sample
+from vllm_lvspec.engine import cpu_kernels
+from vllm_lvspec.engine.cpu_kernels import expand, register_cpu_kernels, rejection_random_sample
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="replaced on CPUs only")
 
@@ -62,3 +64,15 @@ def test_drafted_tokens_are_accepted_by_their_probability():
 
 def test_vllms_own_version_still_accepts_padding_else_this_replacement_can_go():
     assert sample(stock._rejection_random_sample_kernel_impl, [-1, -1, -1], [0.5, 0.5, 0.5])[0] == -1
+
+
+def test_they_are_replaced_once_and_again_only_where_vllm_has_put_its_own_back(monkeypatch):
+    register_cpu_kernels()
+    assert rejection_sampler.expand_kernel.func is expand
+    registered = []
+    monkeypatch.setattr(cpu_kernels, "register_kernels", registered.append)
+    register_cpu_kernels()
+    assert not registered
+    monkeypatch.setattr(rejection_sampler, "expand_kernel", object())
+    register_cpu_kernels()
+    assert len(registered) == 1

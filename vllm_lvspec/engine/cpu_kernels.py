@@ -14,6 +14,7 @@ import torch
 from vllm.triton_utils import HAS_TRITON
 from vllm.triton_utils.dispatcher import register_kernels
 from vllm.utils import cpu_triton_utils
+from vllm.v1.sample import rejection_sampler
 
 EXPAND = "vllm.v1.sample.rejection_sampler.expand_kernel"
 RANDOM_SAMPLE = "vllm.v1.sample.rejection_sampler.rejection_random_sample_kernel"
@@ -63,6 +64,8 @@ def rejection_random_sample(
 
 
 def register_cpu_kernels() -> None:
-    """Replace vLLM's versions; needless where Triton itself runs on the CPU."""
-    if not HAS_TRITON:
+    """Replace vLLM's versions; needless where Triton itself runs on the CPU, or where they are replaced already."""
+    # vLLM looks through all modules to register one: not to be done in every step.
+    is_ours = getattr(rejection_sampler.expand_kernel, "func", None) is expand
+    if not HAS_TRITON and not is_ours:
         register_kernels({EXPAND: expand, RANDOM_SAMPLE: rejection_random_sample})
