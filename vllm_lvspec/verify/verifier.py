@@ -13,6 +13,7 @@ from vllm_lvspec.kernels.relevance import VisualPages, mean_of_top, top_cosines
 from vllm_lvspec.verify.policies import POLICIES, Evidence
 from vllm_lvspec.verify.rules import RequestRules, batch_rules
 
+STEPS_COUNTED_AT_ONCE = 64
 NUM_BINS = 200  # of cosines from -1 to 1; one more counts what has no relevance
 
 
@@ -47,7 +48,8 @@ class Verifier:
         self.config = config
         self.kinds = kinds
         self.gather = gather
-        self.relevance_counts = torch.zeros(NUM_BINS + 1, dtype=torch.int64, device=kinds.device)
+        self._relevance_counts = torch.zeros(NUM_BINS + 1, dtype=torch.int64, device=kinds.device)
+        self._uncounted: list[torch.Tensor] = []
         self._rules: tuple | None = None
 
     def relevance(
@@ -56,10 +58,24 @@ class Verifier:
         """A_s of drafted tokens whose states are `queries`: `[num_drafted]`, float32 (LVSpec, arXiv 2604.05650)."""
         tops = self.gather(top_cosines(queries, starts, pages, self.config.anchor_top_n, max_drafted))
         relevance = mean_of_top(tops, self.config.anchor_top_n)
-        bins = ((relevance + 1) * (NUM_BINS / 2)).clamp(0, NUM_BINS - 1)
-        bins = torch.where(relevance.isnan(), float(NUM_BINS), bins).long()
-        self.relevance_counts.index_add_(0, bins, torch.ones_like(bins))
+        self._uncounted.append(relevance)
+        if len(self._uncounted) == STEPS_COUNTED_AT_ONCE:
+            self._count()
         return relevance
+
+    @property
+    def relevance_counts(self) -> torch.Tensor:
+        """How many drafted tokens had which relevance, by bins; the last counts those that had none."""
+        self._count()
+        return self._relevance_counts
+
+    def _count(self) -> None:
+        if self._uncounted:
+            relevance = torch.cat(self._uncounted)
+            self._uncounted.clear()
+            bins = ((relevance + 1) * (NUM_BINS / 2)).clamp(0, NUM_BINS - 1)
+            bins = torch.where(relevance.isnan(), float(NUM_BINS), bins).long()
+            self._relevance_counts.index_add_(0, bins, torch.ones_like(bins))
 
     def verify(
         self,
