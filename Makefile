@@ -31,7 +31,7 @@ format: setup ## Format the sources
 	$(BIN)/ruff format .
 
 bench: setup ## Compare ways to decode on the bundled pair (under 20 minutes on two cores)
-	$(RUN) $(BIN)/lvspec bench --suite videofacts --samples 60 --seed 1 --policies ar,ngram,strict --json build/bench.json
+	$(RUN) $(BIN)/lvspec bench --suite videofacts --samples 60 --seed 1 --policies ar,ngram,strict,lvspec --json build/bench.json
 
 PAIRS := build/pairs
 TRAIN := $(RUN) $(BIN)/python -m vllm_lvspec.reference.train
