@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vllm_lvspec.draft.pruning import STRATEGIES
 from vllm_lvspec.kernels.relevance import MAX_TOP_N
 from vllm_lvspec.verify.guards import KINDS, WORDS
+from vllm_lvspec.verify.policies import POLICIES
 from vllm_lvspec.verify.sources import AnchorSource
 
 METHOD: Literal["lvspec"] = "lvspec"
@@ -126,11 +127,6 @@ class LVSpecConfig(BaseModel):
     @classmethod
     def _are_words_of_kinds(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
         _known(tuple(value), KINDS)
-        return value
-
-    @field_validator("guard_words")
-    @classmethod
-    def _are_no_blanks(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
         if any(not word.strip() for words in value.values() for word in words):
             raise ValueError("must be words, none of them blank")
         return value
@@ -152,7 +148,7 @@ class LVSpecConfig(BaseModel):
     @property
     def is_lossy(self) -> bool:
         """Whether requests that ask for nothing may get other tokens than the target's."""
-        return self.policy == "fly" or (self.policy != "strict" and self.relaxation > 0)
+        return POLICIES[self.policy].is_loose(self.relaxation)
 
     @classmethod
     def parse(cls, value: str | dict[str, Any]) -> LVSpecConfig:

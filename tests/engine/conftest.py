@@ -55,6 +55,20 @@ class Engine:
             turn += 1
         return outputs
 
+    def run_and_abort(self, requests: Sequence[Request], max_tokens: int, before_step: int) -> None:
+        """Greedy, together; until step `before_step` every second one aborts a request, running or waiting."""
+        core = self.llm.llm_engine
+        for i, request in enumerate(requests):
+            params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+            core.add_request(f"abort-{i}", request.inputs, params)
+        steps = 0
+        while core.has_unfinished_requests():
+            core.step()
+            steps += 1
+            if steps % 2 == 0 and steps < before_step:
+                core.abort_request([f"abort-{steps // 2 * 5 % len(requests)}"])
+        assert steps > before_step
+
     def stats(self) -> dict[str, Any]:
         """The drafter's and the verifier's counts, the same on all ranks, once it has heard of all that finished."""
         # Workers hear of finished requests with the next step; this one asks for a single token and has no drafts.

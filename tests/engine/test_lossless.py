@@ -90,18 +90,7 @@ def test_requests_that_end_at_the_length_limit_do_not_cost_others_their_drafts(e
 
 def test_aborted_requests_leave_no_page_behind(engines):
     engine = engines(QWEN, drafter=1)
-    core = engine.llm.llm_engine
-    requests = generate_requests(QWEN, 18, seed=5)
-    for i, request in enumerate(requests):
-        params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
-        core.add_request(f"abort-{i}", request.inputs, params)
-    steps = 0
-    while core.has_unfinished_requests():
-        core.step()
-        steps += 1
-        if steps % 2 == 0 and steps < 28:  # 13 in mid-flight, among them some that still wait
-            core.abort_request([f"abort-{steps // 2 * 5 % 18}"])
-    assert steps > 28
+    engine.run_and_abort(generate_requests(QWEN, 18, seed=5), max_tokens=200, before_step=28)
     stats = engine.stats()
     assert stats["pages_free"] == stats["pages_total"]
     # The engine still answers, and rightly.

@@ -144,17 +144,7 @@ def test_shifts_and_unlikely_tokens_are_accepted_as_in_the_simulation(size, engi
 
 def test_aborted_requests_leave_nothing_behind(engines):
     engine = loose_random(engines)
-    core = engine.llm.llm_engine
-    for i, request in enumerate(generate_requests(QWEN, 18, seed=5)):
-        params = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
-        core.add_request(f"abort-{i}", request.inputs, params)
-    steps = 0
-    while core.has_unfinished_requests():
-        core.step()
-        steps += 1
-        if steps % 2 == 0 and steps < 20:
-            core.abort_request([f"abort-{steps // 2 * 5 % 18}"])
-    assert steps > 20
+    engine.run_and_abort(generate_requests(QWEN, 18, seed=5), max_tokens=150, before_step=20)
     engine.stats()
     # But for the one that was asked in order to know: workers hear of its end with the next step.
     assert len(verification(engine)._requests) == 1

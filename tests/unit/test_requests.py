@@ -276,7 +276,7 @@ def test_a_running_session_is_verified_as_its_newest_parameters_say_and_bad_ones
     verification = Verification.__new__(Verification)
     verification.config, verification.features = LVSPEC, None
     verification.runner = SimpleNamespace(device="cpu")
-    verification._requests, verification._pages = {}, None
+    verification._requests, verification._visual = {}, None
 
     def rules_with(extra: dict) -> RequestRules:
         params = SamplingParams(extra_args=extra)

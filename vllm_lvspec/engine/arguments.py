@@ -125,6 +125,7 @@ def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) ->
             for name, value in original.items():
                 setattr(self, name, value)
         check_engine(vllm_config, config)
+        make_tool_calls_strict()
         logger.info(
             "lvspec: %s drafts %d tokens a step for %s (pruning=%s, pruning_ratio=%g); policy=%s%s",
             config.model,
@@ -135,7 +136,6 @@ def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) ->
             config.policy,
             "." if config.policy != "strict" else ": outputs are those of the target alone.",
         )
-        make_tool_calls_strict()
         if config.is_lossy:
             logger.warning(
                 "lvspec: policy=%s is lossy: answers may differ from what the model alone would say, and a fact may be "

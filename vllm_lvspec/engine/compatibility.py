@@ -155,12 +155,7 @@ def check_engine(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
     _check_vision(target, draft)
     _check_heads(vllm_config, draft)
     draft_vllm_config(vllm_config, draft)
-    size = vllm_config.parallel_config.tensor_parallel_size
-    _require(
-        size == 1 or AnchorSource.parse(config.anchor_source).kind != "value",
-        f"anchor_source={config.anchor_source!r}: each of {size} ranks has other heads' values; must be hidden where "
-        "tensor_parallel_size is above 1",
-    )
+    _check_source(vllm_config, config)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -216,3 +211,12 @@ def _check_heads(vllm_config: VllmConfig, draft: ModelConfig) -> None:
             f"tensor_parallel_size={size}: the drafter {draft.model!r} has {name}={heads}, which {size} ranks can't "
             f"share; must be a divisor of {heads}",
         )
+
+
+def _check_source(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
+    size = vllm_config.parallel_config.tensor_parallel_size
+    _require(
+        size == 1 or AnchorSource.parse(config.anchor_source).kind != "value",
+        f"anchor_source={config.anchor_source!r}: each of {size} ranks has other heads' values; must be hidden where "
+        "tensor_parallel_size is above 1",
+    )

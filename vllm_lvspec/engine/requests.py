@@ -52,12 +52,12 @@ def request_rules(params: SamplingParams, config: LVSpecConfig) -> RequestRules:
         number = not isinstance(relaxation, bool) and isinstance(relaxation, int | float)
         if not number or not 0 <= relaxation <= config.max_relaxation:
             raise RequestError(f"{RELAXATION}={relaxation!r}: must be a number from 0 to {config.max_relaxation:g}")
-        if relaxation > 0 and not POLICIES[policy or config.policy].shifts:
+        if relaxation > 0 and not POLICIES[policy or config.policy].has_relaxation:
             raise RequestError(f"{RELAXATION}={relaxation!r}: must be 0 where the policy is {policy or config.policy}")
     if policy is None:
         policy = "strict" if not asked and params.structured_outputs is not None else config.policy
     if relaxation is None:
-        relaxation = config.relaxation if POLICIES[policy].shifts else None
+        relaxation = config.relaxation if POLICIES[policy].has_relaxation else None
     stop_ids = tuple(params.stop_token_ids or ())
     if relaxation == 0:
         policy = "strict"

@@ -106,7 +106,9 @@ class Verification:
         self._requests: dict[str, _Request] = {}
         self._states: torch.Tensor | None = None
         self._embeddings: torch.Tensor | None = None
-        self._pages: tuple[tuple, VisualPages] | None = None
+        self._values: torch.Tensor | None = None  # of vLLM's cache, where these are compared
+        # Of the last batch: its requests, where their visual tokens stand, where each request's begin.
+        self._visual: tuple[tuple, torch.Tensor, torch.Tensor] | None = None
         self._accepted: Accepted | None = None
         model = vllm_config.model_config
         tokenizer = get_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
@@ -171,7 +173,7 @@ class Verification:
 
     def allocate(self, kv_cache_config: KVCacheConfig) -> None:
         """Make the feature cache beside vLLM's KV cache, with its blocks."""
-        self._pages = self.features = None
+        self._visual = self.features = None
         if not self.uses_features:
             return
         groups = kv_cache_config.kv_cache_groups
@@ -268,8 +270,9 @@ class Verification:
             request.is_known = None
             positions = positions[layout.own(positions)]
             rows.append(positions - begin + first_row)
-            blocks.append(table[i, positions // layout.block_size])
-            slots.append(positions % layout.block_size // layout.num_shares)
+            block_places, slot_places = np.divmod(layout.places(positions), layout.slots_per_block)
+            blocks.append(table[i, block_places])
+            slots.append(slot_places)
         if not rows or not self._stores_features():
             return
         assert self._states is not None
@@ -281,8 +284,7 @@ class Verification:
             self.features.write(self._projected(self._states[row_idx]), block_idx, slot_idx)
 
     def _projected(self, states: torch.Tensor) -> torch.Tensor:
-        states = states if self.project is None else self.project(states)
-        return states.to(self.vllm_config.model_config.dtype)  # some models add up their layers in float32
+        return states if self.project is None else self.project(states)
 
     def _request(self, state: CachedRequestState) -> _Request:
         request = self._requests.get(state.req_id)
@@ -299,14 +301,15 @@ class Verification:
         places, items = places[order], items[order]
         own = places
         if self.features is not None:
-            own = places[self.features.layout.own(places)] // self.features.layout.num_shares
+            layout = self.features.layout
+            own = layout.places(places[layout.own(places)])
         new = _Request(
             self._rules_of(state), state.sampling_params, len(state.mm_features), places, items,
             torch.from_numpy(own.astype(np.int32)).to(self.runner.device),
         )  # fmt: skip
         if request is not None:  # a streaming session has gone on with a longer prompt, or asks for something else
             new.reasons = request.reasons
-            self._pages = None
+            self._visual = None
         self._requests[state.req_id] = new
         return new
 
@@ -364,24 +367,32 @@ class Verification:
             rows = rows + 1
         if self.source.kind != "value":
             assert self._states is not None
-            return self._projected(self._states[rows])
+            # Some models add up their layers in float32.
+            return self._projected(self._states[rows]).to(self._stored().dtype)
         slots = self.runner.input_batch.block_table[0].slot_mapping.gpu[rows]
-        size = self._values.shape[1]
-        return self._values[slots // size, slots % size].flatten(1)
+        values = self._stored()
+        size = values.shape[1]
+        return values[slots // size, slots % size].flatten(1)
+
+    def _stored(self) -> torch.Tensor:
+        """What is compared with: features of our own, or vLLM's values."""
+        assert self.features is not None
+        stored = self._values if self.features.features is None else self.features.features
+        assert stored is not None
+        return stored
 
     def _pages_of(self, req_ids: Sequence[str], asking: Sequence[bool]) -> VisualPages:
         """Positions change only with the batch, block tables with every block: those are the runner's own."""
-        assert self.features is not None
         key = tuple(req_id if asks else "" for req_id, asks in zip(req_ids, asking, strict=True))
-        features = self.features.features if self.features.features is not None else self._values
-        if self._pages is None or self._pages[0] != key:
-            nothing = torch.zeros(0, dtype=torch.int32, device=features.device)
+        stored = self._stored()
+        if self._visual is None or self._visual[0] != key:
+            nothing = torch.zeros(0, dtype=torch.int32, device=stored.device)
             own = [self._requests[req_id].own if req_id else nothing for req_id in key]
-            starts = torch.tensor([0, *np.cumsum([len(x) for x in own])], dtype=torch.int32).to(features.device)
-            self._pages = (key, VisualPages(features, nothing.view(0, 0), torch.cat(own), starts))
-        pages = self._pages[1]
+            starts = torch.tensor([0, *np.cumsum([len(x) for x in own])], dtype=torch.int32).to(stored.device)
+            self._visual = key, torch.cat(own), starts
+        _, positions, starts = self._visual
         table = self.runner.input_batch.block_table[0].get_device_tensor(len(req_ids))
-        return VisualPages(features, table, pages.positions, pages.starts)
+        return VisualPages(stored, table, positions, starts)
 
     @_timed
     def accept(self, choices: Choices, batch: Batch, max_drafted: int) -> torch.Tensor:
@@ -425,7 +436,7 @@ class Verification:
         """Forget a request, but for its counts."""
         if (request := self._requests.pop(req_id, None)) is not None:
             self.finished.append((req_id, request.reasons[1:].tolist()))
-            self._pages = None
+            self._visual = None
 
     def stats(self) -> dict[str, Any]:
         """Tokens by reason, requests' steps by how they were verified, and the stream's relevance."""

@@ -25,6 +25,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedT
 from vllm_lvspec.bench.samples import SEEDS_PER_SUITE
 from vllm_lvspec.bench.videofacts.scene import Scene
 from vllm_lvspec.bench.videofacts.tasks import TASKS, Task, make_task
+from vllm_lvspec.kernels.relevance import mean_of_top
 from vllm_lvspec.reference import PAIRS
 from vllm_lvspec.reference.families import FAMILIES, Family
 from vllm_lvspec.reference.tokenizer import ASSISTANT_TURN, USER_TURN
@@ -84,10 +85,9 @@ class States:
         yield "hidden", hidden[-1][0]
 
 
-def relevance(features: torch.Tensor, states: torch.Tensor, top_n: int) -> torch.Tensor:
-    """A_s of LVSpec (arXiv 2604.05650): mean of the `top_n` largest cosines, `[num_tokens]`."""
-    cosines = F.normalize(states, dim=-1) @ F.normalize(features, dim=-1).T
-    return cosines.topk(min(top_n, cosines.shape[1]), dim=1).values.mean(1)
+def cosines(features: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Of every state with every feature: `[num_tokens, num_visual]`."""
+    return F.normalize(states, dim=-1) @ F.normalize(features, dim=-1).T
 
 
 def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -151,8 +151,9 @@ def main(
             found, facts = states.read(scene.render(pair.num_frames), task)
             is_fact.append(facts)
             for source, (features, tokens) in found.items():
+                compared = cosines(features, tokens)[None]
                 for top_n in TOP_N:
-                    of_video.setdefault((source, top_n), []).append(relevance(features, tokens, top_n))
+                    of_video.setdefault((source, top_n), []).append(mean_of_top(compared, top_n))
         labels.append(torch.cat(is_fact).numpy())
         for key, parts in of_video.items():
             scores.setdefault(key, []).append(torch.cat(parts).numpy())

@@ -37,6 +37,10 @@ class Layout:
         """Which of `positions` (places in a sequence) this rank holds."""
         return positions % self.num_shares == self.rank
 
+    def places(self, positions: np.ndarray) -> np.ndarray:
+        """Where this rank's own `positions` stand among those it holds, `slots_per_block` of them to a block."""
+        return positions // self.num_shares
+
 
 def num_shares(block_size: int, num_ranks: int) -> int:
     """Ranks share a block's slots evenly, or hold all of them each."""

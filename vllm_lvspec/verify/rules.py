@@ -28,7 +28,7 @@ class RequestRules:
     @property
     def is_strict(self) -> bool:
         """Whether nothing but the target's choices is ever emitted."""
-        return POLICIES[self.policy].score is None
+        return not POLICIES[self.policy].is_loose(self.relaxation)
 
     @property
     def uses_relevance(self) -> bool:
@@ -42,8 +42,7 @@ class RequestRules:
 def batch_rules(requests: Sequence[RequestRules], config: LVSpecConfig, kinds: torch.Tensor, max_drafted: int) -> Rules:
     """`Rules` of a batch, on the device of `kinds`; chains may have up to `max_drafted` tokens.
 
-    Nobody shifts, and nothing is loose, where a request is strict or its relaxation is 0. `fly` has no guards and no
-    floor, as in vLLM.
+    Nobody shifts, and nothing is loose, where a request is strict or its relaxation is 0.
     """
     device = kinds.device
     guards = SPECIAL
@@ -51,12 +50,9 @@ def batch_rules(requests: Sequence[RequestRules], config: LVSpecConfig, kinds: t
         guards |= KINDS[name]
     num_stops = max(len(r.stop_ids) for r in requests)
     policies = [POLICIES[r.policy] for r in requests]
-    loose = [
-        p.score is not None and not (p.shifts and r.relaxation == 0) for r, p in zip(requests, policies, strict=True)
-    ]
     fillers = [
-        [policy.num_fillers(r.relaxation, k) if is_loose else 0 for k in range(max_drafted + 1)]
-        for r, policy, is_loose in zip(requests, policies, loose, strict=True)
+        [0 if r.is_strict else policy.num_fillers(r.relaxation, k) for k in range(max_drafted + 1)]
+        for r, policy in zip(requests, policies, strict=True)
     ]
     threshold = float("inf") if config.anchor_threshold is None else config.anchor_threshold
 
@@ -66,14 +62,15 @@ def batch_rules(requests: Sequence[RequestRules], config: LVSpecConfig, kinds: t
     return Rules(
         num_fillers=each(fillers, torch.int32),
         thresholds=each([threshold if p.uses_relevance else float("inf") for p in policies], torch.float32),
-        probability_floors=each(
-            [0.0 if r.policy == "fly" else config.probability_floor for r in requests], torch.float32
-        ),
+        probability_floors=each([config.probability_floor * p.is_guarded for p in policies], torch.float32),
         windows=each(
-            [config.shift_window if p.shifts and is_loose else 0 for p, is_loose in zip(policies, loose, strict=True)],
+            [
+                config.shift_window if p.has_relaxation and not r.is_strict else 0
+                for r, p in zip(requests, policies, strict=True)
+            ],
             torch.int32,
         ),
-        guards=each([SPECIAL if r.policy == "fly" else guards for r in requests], torch.int32),
+        guards=each([guards if p.is_guarded else SPECIAL for p in policies], torch.int32),
         stop_ids=each([[*r.stop_ids, *[-1] * (num_stops - len(r.stop_ids))] for r in requests], torch.int32).view(
             len(requests), num_stops
         ),

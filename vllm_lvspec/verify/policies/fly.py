@@ -2,7 +2,8 @@
 
 As vLLM 0.33 does it (`rejection_sample_method: "fly"`): the entropy of the target's three likeliest tokens, not
 normalised, must reach a threshold, and the next W drafted tokens must all be the target's choices; a miss with fewer
-drafted tokens behind it never passes. What is drafted behind an end token counts, as it does there.
+drafted tokens behind it never passes. There are no guards and no floor on probabilities. What is drafted behind an end
+token counts, as it does there.
 """
 
 from __future__ import annotations
@@ -38,4 +39,4 @@ def _deferred(evidence: Evidence, config: LVSpecConfig) -> torch.Tensor:
     return torch.where(passes, 0.0, float("nan"))
 
 
-FLY = Policy(score=_deferred, num_fillers=lambda relaxation, k: k)
+FLY = Policy(score=_deferred, num_fillers=lambda relaxation, k: k, is_guarded=False)

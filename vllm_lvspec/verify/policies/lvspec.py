@@ -7,5 +7,5 @@ LVSPEC = Policy(
     score=lambda evidence, config: evidence.relevance.round(decimals=6),
     num_fillers=share_of_chain,
     uses_relevance=True,
-    shifts=True,
+    has_relaxation=True,
 )

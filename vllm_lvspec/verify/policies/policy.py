@@ -41,14 +41,20 @@ class Policy:
     """How fillers are told from anchors.
 
     `score(evidence, config) -> [num_drafted]` float32, or None: everything is an anchor. `num_fillers(relaxation, k)`:
-    how many of k drafted tokens are fillers. `uses_relevance`: whether the score needs visual features. `shifts`:
-    whether there is a relaxation, and anchors may shift.
+    how many of k drafted tokens are fillers. `uses_relevance`: whether the score needs visual features.
+    `has_relaxation`: whether relaxation decides how loose it is, and anchors may shift. `is_guarded`: whether guards
+    and the floor on probabilities are for it.
     """
 
     score: Callable[[Evidence, LVSpecConfig], torch.Tensor] | None = None
     num_fillers: Callable[[float, int], int] = lambda relaxation, k: 0
     uses_relevance: bool = False
-    shifts: bool = False
+    has_relaxation: bool = False
+    is_guarded: bool = True
+
+    def is_loose(self, relaxation: float) -> bool:
+        """Whether anything but the target's choices may be emitted."""
+        return self.score is not None and (relaxation > 0 or not self.has_relaxation)
 
 
 def share_of_chain(relaxation: float, k: int) -> int:

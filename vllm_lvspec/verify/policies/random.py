@@ -20,4 +20,4 @@ def _blind(evidence: Evidence, config: LVSpecConfig) -> torch.Tensor:
     return (mixed % 2**24).float() / 2**24
 
 
-RANDOM = Policy(score=_blind, num_fillers=share_of_chain, shifts=True)
+RANDOM = Policy(score=_blind, num_fillers=share_of_chain, has_relaxation=True)
