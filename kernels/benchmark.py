@@ -17,6 +17,8 @@ from rich.table import Table
 
 from vllm_lvspec.kernels.acceptance import Chains, Rules, accept_reference, launch_accept
 from vllm_lvspec.kernels.advance_decode import advance_decode_reference, launch_advance_decode
+from vllm_lvspec.kernels.attention_mass import attention_mass_reference, gather_keys, launch_attention_mass
+from vllm_lvspec.kernels.copy_slots import PagedCaches, copy_slots_reference, launch_copy_slots
 from vllm_lvspec.kernels.relevance import (
     VisualPages,
     launch_mean_of_top,
@@ -96,13 +98,55 @@ def advance_decode_case(num_rows: int, device: torch.device) -> Case:
     )
 
 
+def attention_mass_case(
+    num_queries: int, num_keys: int, num_visual: int, num_heads: int, num_kv_heads: int, device: torch.device
+) -> Case:
+    block_size, head_size = 16, 128
+    blocks = -(-num_keys // block_size)
+    # Keys with values beside them, as in vLLM's caches; the queries are those behind all else.
+    shape = blocks, num_kv_heads, block_size, 2 * head_size
+    keys = torch.randn(shape, device=device, dtype=torch.bfloat16)[..., :head_size]
+    queries = torch.randn(num_queries, num_heads, head_size, device=device, dtype=torch.bfloat16)
+    places = torch.arange(num_keys - num_queries, num_keys, device=device, dtype=torch.int32)
+    table = torch.randperm(blocks, device=device).int()
+    visual = torch.arange(16, 16 + num_visual, device=device, dtype=torch.int32)
+    scale = head_size**-0.5
+    return Case(
+        f"attention_mass, {num_queries} x {num_heads} queries, {num_keys} x {num_kv_heads} keys, {num_visual} visual",
+        lambda: launch_attention_mass(queries, places, keys, table, visual, scale),
+        lambda: attention_mass_reference(queries, places, gather_keys(keys, table, num_keys), visual, scale),
+        (num_keys * num_kv_heads + num_queries * num_heads) * head_size * 2 + num_visual * 4,
+    )
+
+
+def copy_slots_case(num_tokens: int, num_layers: int, device: torch.device) -> Case:
+    num_heads, block_size, content = 8, 16, 256
+    blocks = -(-num_tokens // block_size)
+    # One token in two of those that are there.
+    shape = 2 * blocks, num_heads, block_size, content
+    sources = PagedCaches.of([torch.randn(shape, device=device).bfloat16() for _ in range(num_layers)])
+    destinations = PagedCaches.of([torch.zeros_like(cache[:blocks]) for cache in sources.caches])
+    read = torch.arange(num_tokens, device=device) * 2
+    batch = sources, destinations, read, torch.arange(num_tokens, device=device)
+    return Case(
+        f"copy_slots, {num_tokens} tokens, {num_layers} layers",
+        lambda: launch_copy_slots(*batch),
+        lambda: copy_slots_reference(*batch),
+        2 * num_tokens * num_layers * num_heads * content * 2,
+    )
+
+
 def cases(device: torch.device) -> list[Case]:
     large = device.type == "cuda"
     videos = [(1, 12544), (8, 12544), (32, 3136)] if large else [(1, 784), (4, 196)]
+    attentions = [(64, 25088, 12544, 40, 8), (64, 25088, 12544, 5, 1)] if large else [(16, 1568, 784, 8, 2)]
+    copies = [(10, 64), (1250, 64)] if large else [(125, 4)]
     return [
         *(relevance_case(n, 10, visual, 3584, device) for n, visual in videos),
         *(acceptance_case(n, 10, device) for n in (1, 32, 256)),
         *(advance_decode_case(n, device) for n in (1, 256)),
+        *(attention_mass_case(*sizes, device) for sizes in attentions),
+        *(copy_slots_case(*sizes, device) for sizes in copies),
     ]
 
 

@@ -7,6 +7,8 @@ from triton.compiler import ASTSource, compile
 
 from vllm_lvspec.kernels.acceptance import _accept_kernel
 from vllm_lvspec.kernels.advance_decode import _advance_decode_kernel
+from vllm_lvspec.kernels.attention_mass import _attention_mass_kernel, _join_log_sums_kernel, _log_sums_kernel
+from vllm_lvspec.kernels.copy_slots import _copy_slots_kernel
 from vllm_lvspec.kernels.relevance import _mean_of_top_kernel, _top_cosines_kernel
 
 KERNELS = {
@@ -54,6 +56,110 @@ KERNELS = {
         },
         constexprs={"PAGE_SIZE": 16, "BLOCK": 128},
     ),
+    **{
+        f"log_sums_{dtype}": ASTSource(
+            fn=_log_sums_kernel,
+            signature={
+                "log_sums_ptr": "*fp32",
+                "queries_ptr": f"*{dtype}",
+                "queries_stride": "i32",
+                "queries_head_stride": "i32",
+                "query_positions_ptr": "*i32",
+                "keys_ptr": f"*{dtype}",
+                "keys_block_stride": "i32",
+                "keys_head_stride": "i32",
+                "keys_slot_stride": "i32",
+                "block_table_ptr": "*i32",
+                "num_queries": "i32",
+                "group": "i32",
+                "head_size": "i32",
+                "block_size": "i32",
+                "scale": "fp32",
+                "BLOCK_R": "constexpr",
+                "BLOCK_K": "constexpr",
+                "BLOCK_D": "constexpr",
+                "INTERPRETED": "constexpr",
+            },
+            constexprs={"BLOCK_R": tile, "BLOCK_K": tile, "BLOCK_D": 128, "INTERPRETED": False},
+        )
+        for dtype, tile in (("bf16", 64), ("fp16", 64), ("fp32", 32))
+    },
+    "join_log_sums": ASTSource(
+        fn=_join_log_sums_kernel,
+        signature={
+            "joined_ptr": "*fp32",
+            "log_sums_ptr": "*fp32",
+            "count": "i32",
+            "NUM_SPLITS": "constexpr",
+            "BLOCK": "constexpr",
+        },
+        constexprs={"NUM_SPLITS": 32, "BLOCK": 32},
+    ),
+    **{
+        f"attention_mass_{dtype}": ASTSource(
+            fn=_attention_mass_kernel,
+            signature={
+                "masses_ptr": "*fp32",
+                "log_sums_ptr": "*fp32",
+                "queries_ptr": f"*{dtype}",
+                "queries_stride": "i32",
+                "queries_head_stride": "i32",
+                "query_positions_ptr": "*i32",
+                "keys_ptr": f"*{dtype}",
+                "keys_block_stride": "i32",
+                "keys_head_stride": "i32",
+                "keys_slot_stride": "i32",
+                "block_table_ptr": "*i32",
+                "visual_positions_ptr": "*i32",
+                "num_queries": "i32",
+                "num_visual": "i32",
+                "group": "i32",
+                "head_size": "i32",
+                "block_size": "i32",
+                "scale": "fp32",
+                "BLOCK_R": "constexpr",
+                "BLOCK_V": "constexpr",
+                "BLOCK_D": "constexpr",
+                "INTERPRETED": "constexpr",
+            },
+            constexprs={"BLOCK_R": tile, "BLOCK_V": tile, "BLOCK_D": 128, "INTERPRETED": False},
+        )
+        for dtype, tile in (("bf16", 64), ("fp16", 64), ("fp32", 32))
+    },
+    **{
+        f"copy_slots_{num_bytes}": ASTSource(
+            fn=_copy_slots_kernel,
+            signature={
+                "sources_ptr": "*i64",
+                "source_block_stride": "i32",
+                "source_head_stride": "i32",
+                "source_slot_stride": "i32",
+                "destinations_ptr": "*i64",
+                "destination_block_stride": "i32",
+                "destination_head_stride": "i32",
+                "destination_slot_stride": "i32",
+                "source_slots_ptr": "*i64",
+                "destination_slots_ptr": "*i64",
+                "num_tokens": "i32",
+                "num_heads": "i32",
+                "block_size": "i32",
+                "content": "i32",
+                "BYTES": "constexpr",
+                "SOURCE_ALIGNMENT": "constexpr",
+                "DESTINATION_ALIGNMENT": "constexpr",
+                "BLOCK_R": "constexpr",
+                "BLOCK_C": "constexpr",
+            },
+            constexprs={
+                "BYTES": num_bytes,
+                "SOURCE_ALIGNMENT": 16,
+                "DESTINATION_ALIGNMENT": 16,
+                "BLOCK_R": 16,
+                "BLOCK_C": 256,
+            },
+        )
+        for num_bytes in (1, 2, 4)
+    },
     **{
         f"top_cosines_{dtype}": ASTSource(
             fn=_top_cosines_kernel,

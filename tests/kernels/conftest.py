@@ -11,9 +11,17 @@ from triton.runtime.jit import JITFunction
 
 import vllm_lvspec.kernels.acceptance
 import vllm_lvspec.kernels.advance_decode
+import vllm_lvspec.kernels.attention_mass
+import vllm_lvspec.kernels.copy_slots
 import vllm_lvspec.kernels.relevance
 
-KERNELS = [vllm_lvspec.kernels.acceptance, vllm_lvspec.kernels.advance_decode, vllm_lvspec.kernels.relevance]
+KERNELS = [
+    vllm_lvspec.kernels.acceptance,
+    vllm_lvspec.kernels.advance_decode,
+    vllm_lvspec.kernels.attention_mass,
+    vllm_lvspec.kernels.copy_slots,
+    vllm_lvspec.kernels.relevance,
+]
 MODULES = [*KERNELS, triton.language, triton.language.standard]  # whose sort is written in Triton itself
 
 

@@ -8,7 +8,8 @@ def test_every_kernel_is_timed_beside_its_reference(monkeypatch, capsys):
     benchmark.main()
     shown = capsys.readouterr().out
     assert "a copy moves" in shown
-    assert all(name in shown for name in ("relevance", "acceptance", "advance_decode"))
+    for name in ("relevance", "acceptance", "advance_decode", "attention_mass", "copy_slots"):
+        assert name in shown
 
 
 def test_the_timed_launches_are_of_what_the_references_compute(device):
@@ -19,5 +20,9 @@ def test_the_timed_launches_are_of_what_the_references_compute(device):
     assert torch.allclose(small[0].launch(), small[0].reference(), atol=1e-2)
     launched, wanted = vars(small[1].launch()), vars(small[1].reference())
     assert all(torch.equal(launched[name], wanted[name]) for name in wanted)
+    attention = benchmark.attention_mass_case(3, 50, 20, 4, 2, device)
+    assert torch.allclose(attention.launch(), attention.reference(), rtol=1e-3)
     advance = benchmark.advance_decode_case(3, device)
     advance.launch(), advance.reference()
+    copy = benchmark.copy_slots_case(5, 2, device)
+    copy.launch(), copy.reference()
