@@ -1,10 +1,10 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_lvspec.draft.embeddings import EmbeddingCache, KeptEmbeddings
-from vllm_lvspec.draft.pages import PagePool
+from vllm_lvspec.draft.pages import DraftSequence, PagePool
 
 
 def test_a_pool_grows_all_or_nothing_and_takes_everything_back():
@@ -31,6 +31,7 @@ def test_a_pool_without_pages_is_refused():
         PagePool(0, 16)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 90)), max_size=60))
 def test_pages_are_never_owned_twice_and_never_lost(operations):
     pool = PagePool(12, 8)
@@ -86,3 +87,20 @@ def test_putting_an_item_again_counts_it_once():
     cache.clear()
     assert cache.num_bytes == 0
     assert len(cache) == 0
+
+
+def test_a_part_of_an_item_is_not_taken_for_the_whole():
+    assert _item(3).is_whole
+    part = KeptEmbeddings(3, torch.tensor([0, 2]), torch.zeros(2, 4))
+    assert not part.is_whole
+    # What it takes is what is kept of it, and it is found by the size of the whole.
+    assert part.num_bytes == 2 * 4 * 4 + 2 * 8
+    cache = EmbeddingCache(10**6)
+    cache.put("a", part)
+    assert cache.get("a", 2) is None
+    assert cache.get("a", 3) is part
+
+
+def test_a_sequence_knows_how_much_of_its_prompt_is_hidden():
+    assert DraftSequence(10, kept=[0, 1, 9]).num_hidden == 7
+    assert DraftSequence(3, kept=[0, 1, 2]).num_hidden == 0

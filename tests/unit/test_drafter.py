@@ -1,33 +1,48 @@
-"""The drafter's book-keeping, with a model that remembers what was written into which slot."""
+"""The drafter's book-keeping, with a model that remembers what was written into which slot; and how far it drafts."""
 
 from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import random
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from vllm_lvspec.draft.drafter import DraftBatch, Drafter, DraftRequest, VisualItem
+from vllm_lvspec.draft.drafter import DraftBatch, Drafted, Drafter, DraftRequest, VisualItem
+from vllm_lvspec.draft.length import LEAST_GAIN, Acceptance, DraftPlan, RequestHistory, StepCosts, smooth_costs
 from vllm_lvspec.draft.pages import PagePool
-from vllm_lvspec.draft.pruning import STRATEGIES, VisualGrid
+from vllm_lvspec.draft.pruning import STRATEGIES, Strategy, VideoView, VisualGrid
 
 VOCAB = 97
 VISUAL = 50  # the placeholder's token
+FREE = StepCosts([1, 1000], [1.0, 1.0], [0.0, 0.0])  # whatever is drafted costs nothing
+LOADED = StepCosts([1, 1000], [1.0, 1000.0], [0.1, 0.1])  # every row costs the target as much as another step
 
 
 class SlotModel:
     """Its next token is a hash of all (token, position, visual value) in the request's cache, read through the block
-    table: whatever is stale, missing or in the wrong order changes it."""
+    table: whatever is stale, missing or in the wrong order changes it. So is the token's probability, unless
+    `confidence` says it."""
 
+    copies = False
     device = torch.device("cpu")
 
-    def __init__(self, num_pages=1000, page_size=4, max_batch_tokens=1000, max_model_len=200):
+    def __init__(self, num_pages=1000, page_size=4, max_batch_tokens=1000, max_model_len=200, confidence=None):
         self.pool = PagePool(num_pages, page_size)
         self.max_batch_tokens = max_batch_tokens
         self.max_model_len = max_model_len
+        self.confidence = confidence or self.random_prob
         self.slots: dict[int, tuple] = {}
         self.batches: list[DraftBatch] = []
+        self.asked_for_probs: list[bool] = []
+        self.num_computed = 0
         self.encoded = 0
 
     def prompt_positions(self, prompt, num_prompt_tokens):
@@ -41,10 +56,22 @@ class SlotModel:
     def profile(self):
         pass
 
-    def forward(self, batch, logits_rows):
+    def copy(self, target_slots, slots):
+        raise AssertionError("this model computes everything")
+
+    def forward(self, batch, logits_rows, with_probs=False):
         self.batches.append(batch)
+        self.asked_for_probs.append(with_probs)
+        self.num_computed += len(batch.token_ids)
         assert torch.equal(batch.seq_lens, batch.seq_lens_cpu)
+        assert torch.equal(batch.query_starts, batch.query_starts_cpu)
+        assert len(batch.token_ids) == batch.positions.shape[1] == len(batch.slots) == int(batch.query_starts[-1])
         assert len(batch.token_ids) <= self.max_batch_tokens
+        lens = batch.query_starts.diff()
+        assert lens.min() >= 1
+        assert lens.max() == batch.max_query_len
+        assert batch.seq_lens.max() <= batch.max_seq_len
+        assert len(batch.slots.unique()) == len(batch.slots)
         visual = torch.cat(batch.visual) if batch.visual else torch.empty(0, 3)
         mask = (
             batch.visual_mask if batch.visual_mask is not None else torch.zeros(len(batch.token_ids), dtype=torch.bool)
@@ -54,12 +81,14 @@ class SlotModel:
         for i, slot in enumerate(batch.slots.tolist()):
             value = next(values) if mask[i] else None
             self.slots[slot] = (int(batch.token_ids[i]), tuple(batch.positions[:, i].tolist()), value)
-        tokens = []
+        tokens, probs = [], []
         for row in logits_rows.tolist():
             request = int((batch.query_starts[1:] <= row).sum())
             length = int(batch.seq_lens[request]) - (int(batch.query_starts[request + 1]) - 1 - row)
-            tokens.append(self.next_token(self.read(batch.block_table[request].tolist(), length)))
-        return torch.tensor(tokens)
+            entries = self.read(batch.block_table[request].tolist(), length)
+            tokens.append(self.next_token(entries))
+            probs.append(self.confidence(entries))
+        return Drafted(torch.tensor(tokens), torch.tensor(probs) if with_probs else None)
 
     def read(self, pages, length):
         size = self.pool.page_size
@@ -69,89 +98,245 @@ class SlotModel:
     def next_token(entries) -> int:
         return hash(tuple(entries)) % VOCAB
 
+    @staticmethod
+    def random_prob(entries) -> float:
+        """Often near none or all."""
+        log_odds = hash((1, *entries)) % 2001 / 100 - 8
+        return float(1 / (1 + np.exp(-log_odds)))
 
-def expected_entries(request: DraftRequest, kept: set[int], token_ids: list[int]) -> list[tuple]:
+
+class Target:
+    """The target's paged cache as the drafter may read it: entries name their request, place and token.
+
+    Whatever else is in its pages is stale, and copying that is an error.
+    """
+
+    def __init__(self, block_size: int = 3, seed: int = 0):
+        self.block_size = block_size
+        self.cache: dict[int, tuple] = {}
+        self.blocks: dict[str, list[int]] = {}
+        self._free = list(range(2000))
+        random.Random(seed).shuffle(self._free)
+
+    def run(self, request: DraftRequest) -> DraftRequest:
+        """The request after a step: all tokens but the newest are in the cache."""
+        blocks = self.blocks.setdefault(request.req_id, [])
+        while len(blocks) * self.block_size < len(request.token_ids) + 10:  # rejected drafts have been there
+            blocks.append(self._free.pop())
+        places = np.arange(len(blocks) * self.block_size)
+        for place, slot in zip(places.tolist(), self.slots(request.req_id, places).tolist(), strict=True):
+            is_there = place < len(request.token_ids) - 1
+            self.cache[slot] = (
+                ("target", request.req_id, place, int(request.token_ids[place])) if is_there else ("stale",)
+            )
+        return replace(request, target_slots=functools.partial(self.slots, request.req_id))
+
+    def preempt(self, req_id: str) -> None:
+        places = np.arange(len(self.blocks[req_id]) * self.block_size)
+        self.cache.update(dict.fromkeys(self.slots(req_id, places).tolist(), ("stale",)))
+        self._free[:0] = self.blocks.pop(req_id)
+
+    def slots(self, req_id: str, places: np.ndarray) -> np.ndarray:
+        assert places.dtype == np.int64
+        blocks = np.array(self.blocks[req_id])
+        return blocks[places // self.block_size] * self.block_size + places % self.block_size
+
+
+class CopyingModel(SlotModel):
+    """The target as its own drafter."""
+
+    copies = True
+
+    def __init__(self, target: Target | None = None, **options):
+        super().__init__(**options)
+        self.target = target or Target()
+        self.copied: list[tuple[str, int]] = []
+
+    def copy(self, target_slots, slots):
+        assert target_slots.dtype == slots.dtype == torch.int64
+        assert target_slots.device.type == slots.device.type == "cpu"
+        assert len(slots) == len(target_slots) == len(slots.unique()) > 0
+        for source, slot in zip(target_slots.tolist(), slots.tolist(), strict=True):
+            kind, req_id, place, _ = self.target.cache[source]
+            assert kind == "target"
+            self.copied.append((req_id, place))
+            self.slots[slot] = self.target.cache[source]
+
+
+def expected_entries(request: DraftRequest, kept: set[int], token_ids: list[int], copies: bool = False) -> list[tuple]:
     """What the cache should hold for `token_ids`, from first principles."""
     values = {}
     for item in request.items:
-        full = SlotModel().encode(item.payload)
-        values.update({int(row): float(full[j, 0]) for j, row in enumerate(item.rows)})
+        if item.payload is not None:
+            full = SlotModel().encode(item.payload)
+            values.update({int(row): float(full[j, 0]) for j, row in enumerate(item.rows)})
     entries = []
     for i, token in enumerate(token_ids):
-        if i < request.num_prompt_tokens:
-            if i in kept:
-                entries.append((token, (i, 2 * i), values.get(i)))
+        if i < request.num_prompt_tokens and i not in kept:
+            continue
+        if copies and i < len(request.token_ids) - 1:
+            entries.append(("target", request.req_id, i, token))
+        elif i < request.num_prompt_tokens:
+            entries.append((token, (i, 2 * i), values.get(i)))
         else:
             entries.append((token, (i + 5, i + 5), None))
     return entries
 
 
-def make_request(req_id="a", prompt_len=20, items=((3, 8),), outputs=(1,), max_draft=100, payload=True) -> DraftRequest:
+def make_request(
+    req_id="a", prompt_len=20, items=((3, 8),), outputs=(1,), max_draft=100, payload=True, video=None
+) -> DraftRequest:
+    """`video`: what its items are called, by default after the request."""
     tokens = [(7 * i + 1) % VISUAL for i in range(prompt_len)]
     views = []
     for number, (start, count) in enumerate(items):
         tokens[start : start + count] = [VISUAL] * count
         views.append(
             VisualItem(
-                identifier=f"{req_id}-{number}",
+                identifier=f"{video or req_id}-{number}",
                 is_video=True,
                 grid=VisualGrid(2, 1, count // 2) if count % 2 == 0 else VisualGrid(1, 1, count),
                 rows=np.arange(start, start + count),
                 payload=(100 * number, count) if payload else None,
+                seed=number,
             )
         )
     ids = np.array(tokens + list(outputs), dtype=np.int32)
     return DraftRequest(req_id, ids, prompt_len, views, None, max_draft)
 
 
-def oracle(request: DraftRequest, ratio: float, k: int) -> list[int]:
+def kept_tokens(request: DraftRequest, ratio=0.5, strategy="uniform", scores=None) -> set[int]:
+    """Of the prompt, what the drafter should see."""
     kept = set(range(request.num_prompt_tokens))
-    for item in request.items:
+    for item, score in zip(request.items, scores or [None] * len(request.items), strict=True):
         kept -= set(item.rows.tolist())
-        kept |= set(item.rows[STRATEGIES["uniform"](item.grid, ratio).numpy()].tolist())
+        embeddings = None if item.payload is None else SlotModel().encode(item.payload)
+        indices = STRATEGIES[strategy].keep(VideoView(item.grid, item.seed, embeddings, score), ratio)
+        kept |= set(item.rows[indices.numpy()].tolist())
+    return kept
+
+
+def oracle(request: DraftRequest, k: int, kept: set[int] | None = None, copies: bool = False) -> list[int]:
+    """The drafts of a fresh cache."""
+    kept = kept_tokens(request) if kept is None else kept
     tokens = request.token_ids.tolist()
     drafts = []
     for _ in range(k):
-        drafts.append(SlotModel.next_token(expected_entries(request, kept, tokens + drafts)))
+        drafts.append(SlotModel.next_token(expected_entries(request, kept, tokens + drafts, copies)))
     return drafts
 
 
-def make_drafter(model=None, ratio=0.5) -> Drafter:
-    return Drafter(model or SlotModel(), STRATEGIES["uniform"], ratio, 10**6)
+def make_drafter(model=None, ratio=0.5, strategy="uniform", scores=None, costs=None) -> Drafter:
+    chosen = STRATEGIES[strategy] if isinstance(strategy, str) else strategy
+    drafter = Drafter(model or SlotModel(), chosen, ratio, 10**6, scores)
+    drafter.costs = costs
+    return drafter
 
 
-def extended(request: DraftRequest, more: list[int]) -> DraftRequest:
-    return DraftRequest(
-        request.req_id, np.append(request.token_ids, more).astype(np.int32), request.num_prompt_tokens, request.items,
-        request.prompt, request.max_draft_tokens,
-    )  # fmt: skip
+def extended(request: DraftRequest, more: list[int], num_verified: int = 0) -> DraftRequest:
+    return replace(request, token_ids=np.append(request.token_ids, more).astype(np.int32), num_verified=num_verified)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_drafts_are_those_of_a_fresh_cache_whatever_was_accepted_before(data):
-    model = SlotModel(
-        page_size=data.draw(st.sampled_from([1, 3, 16])), max_batch_tokens=data.draw(st.sampled_from([7, 400]))
-    )
+def flat(size: int, *best: int) -> torch.Tensor:
+    """Scores that ask for `best` before all others."""
+    scores = torch.zeros(size)
+    scores[list(best)] = torch.arange(len(best), 0, -1) + 10.0
+    return scores
+
+
+RANDOM_COSTS = st.builds(
+    StepCosts,
+    st.just([1, 4, 32]),
+    st.lists(st.floats(0.1, 3.0), min_size=3, max_size=3).map(sorted),
+    st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3).map(sorted),
+    st.floats(0, 1e-3),
+    st.floats(0, 1e-3),
+)
+
+
+def run_history(data, copies: bool, adaptive: bool) -> None:
+    """Random requests are drafted for, accepted and rejected, released and left alone; every draft must be that of a
+    fresh cache, and nothing may be computed or copied that was there."""
+    target = Target(data.draw(st.sampled_from([1, 3, 16])), data.draw(st.integers(0, 9)))
+    options = {
+        "page_size": data.draw(st.sampled_from([1, 3, 16])),
+        "max_batch_tokens": data.draw(st.sampled_from([4, 7, 400])),  # at least one per request, as in vLLM
+        "num_pages": data.draw(st.sampled_from([30, 1000])),
+    }
+    model = CopyingModel(target, **options) if copies else SlotModel(**options)
     drafter = make_drafter(model)
     requests = {
         str(i): make_request(str(i), items=data.draw(st.sampled_from([(), ((3, 8),), ((2, 5), (9, 6))])))
         for i in range(data.draw(st.integers(1, 4)))
     }
-    for _ in range(data.draw(st.integers(1, 6))):
+    cached = dict.fromkeys(requests, 0)  # tokens of the sequence that are right in the drafter's cache
+    for _ in range(data.draw(st.integers(1, 7))):
+        drafter.costs = data.draw(st.sampled_from([FREE, LOADED]) | RANDOM_COSTS) if adaptive else None
         k = data.draw(st.integers(1, 6))
         names = data.draw(st.lists(st.sampled_from(sorted(requests)), unique=True, min_size=1))
-        drafts = drafter.propose([requests[n] for n in names], k)
-        for name, draft in zip(names, drafts, strict=True):
-            assert draft == oracle(requests[name], 0.5, k)
-            accepted = data.draw(st.integers(0, k))
+        requests.update({n: target.run(requests[n]) for n in names})
+        before, num_computed = drafter.counts.copy(), model.num_computed
+        if copies:
+            model.copied.clear()
+        drafts = dict(zip(names, drafter.propose([requests[n] for n in names], k), strict=True))
+        counted = drafter.counts - before
+
+        copied, computed = [], 0
+        for name, draft in drafts.items():
+            request = requests[name]
+            fresh = oracle(request, k, copies=copies)
+            assert draft == (fresh[: len(draft)] if adaptive else fresh if draft else [])
+            if draft:
+                kept, newest = kept_tokens(request), len(request.token_ids) - 1
+                missing = [i for i in range(cached[name], newest) if i >= request.num_prompt_tokens or i in kept]
+                copied += [(name, i) for i in missing]
+                computed += len(draft) + (0 if copies else len(missing))
+                cached[name] = newest if copies else newest + len(draft)
+        assert model.num_computed - num_computed == computed
+        if copies:
+            assert sorted(model.copied) == sorted(copied)
+            assert model.encoded == 0
+        num_skipped = sum(not draft for draft in drafts.values())
+        assert counted["skipped_pool_full"] + counted["skipped_cost"] == num_skipped
+        assert counted["skipped_cost"] in (0, len(names))
+        assert counted["drafted_requests"] == len(names) - num_skipped
+        assert counted["drafted_tokens"] == sum(map(len, drafts.values()))
+        if options["num_pages"] == 1000:
+            assert counted["skipped_pool_full"] == 0
+
+        for name, draft in drafts.items():
+            num_verified = data.draw(st.integers(0, len(draft)))  # grammars and the end of a step's room cut drafts
+            accepted = data.draw(st.integers(0, num_verified))
             wrong = data.draw(st.integers(0, VOCAB - 1))
-            requests[name] = extended(requests[name], [*draft[:accepted], wrong])
+            cached[name] = min(cached[name], len(requests[name].token_ids) + accepted)
+            requests[name] = extended(requests[name], [*draft[:accepted], wrong], num_verified)
         if data.draw(st.booleans()):
             drafter.release(names[0])
+            target.preempt(names[0])
+            cached[names[0]] = 0
     for name in requests:
         drafter.release(name)
     assert model.pool.num_free == model.pool.num_pages
+    assert not drafter.sequences
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_drafts_are_those_of_a_fresh_cache_whatever_was_accepted_before(data):
+    run_history(data, copies=False, adaptive=False)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_a_drafter_that_copies_has_all_but_the_newest_token_from_the_target_and_copies_it_once(data):
+    run_history(data, copies=True, adaptive=False)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@settings(max_examples=120, deadline=None)
+@given(st.data())
+def test_drafts_as_long_as_they_pay_are_beginnings_of_those_of_a_fresh_cache(copies, data):
+    run_history(data, copies, adaptive=True)
 
 
 def test_all_requests_share_one_forward_per_drafted_token():
@@ -161,6 +346,7 @@ def test_all_requests_share_one_forward_per_drafted_token():
     drafter.propose(requests, 4)
     assert len(model.batches) == 4
     assert [len(b.seq_lens) for b in model.batches] == [5, 5, 5, 5]
+    assert model.asked_for_probs == [False] * 4  # nobody looks at them
 
 
 def test_requests_with_less_room_leave_the_batch_early_and_the_others_go_on():
@@ -170,8 +356,8 @@ def test_requests_with_less_room_leave_the_batch_early_and_the_others_go_on():
     drafts = drafter.propose(requests, 5)
     assert [len(d) for d in drafts] == [2, 5, 0]
     assert [len(b.seq_lens) for b in model.batches] == [2, 2, 1, 1, 1]
-    assert drafts[0] == oracle(requests[0], 0.5, 2)
-    assert drafts[1] == oracle(requests[1], 0.5, 5)
+    assert drafts[0] == oracle(requests[0], 2)
+    assert drafts[1] == oracle(requests[1], 5)
     assert drafter.counts["skipped_length"] == 1
 
 
@@ -183,17 +369,20 @@ def test_a_request_at_the_drafters_own_length_limit_is_skipped_and_counted():
     assert len(draft) == 2
 
 
-def test_a_full_pool_skips_a_request_until_others_are_done():
-    model = SlotModel(num_pages=6, page_size=4)
-    drafter = make_drafter(model)
-    first, second = make_request("first"), make_request("second")
+@pytest.mark.parametrize("costs", [None, FREE])
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_full_pool_skips_a_request_until_others_are_done(copies, costs):
+    target = Target()
+    model = CopyingModel(target, num_pages=6, page_size=4) if copies else SlotModel(num_pages=6, page_size=4)
+    drafter = make_drafter(model, costs=costs)
+    first, second = target.run(make_request("first")), target.run(make_request("second"))
     drafts = drafter.propose([first, second], 3)
     assert len(drafts[0]) == 3
     assert drafts[1] == []
     assert drafter.counts["skipped_pool_full"] == 1
     drafter.release("first")
-    second = extended(second, [4, 5, 6])  # the target has gone on alone
-    assert drafter.propose([second], 3) == [oracle(second, 0.5, 3)]
+    second = target.run(extended(second, [4, 5, 6]))  # the target has gone on alone
+    assert drafter.propose([second], 3) == [oracle(second, 3, copies=copies)]
 
 
 def test_an_item_is_encoded_once_and_found_again_without_its_pixels():
@@ -202,11 +391,9 @@ def test_an_item_is_encoded_once_and_found_again_without_its_pixels():
     first = make_request("a")
     drafter.propose([first], 2)
     drafter.release("a")
-    full = make_request("a", payload=False)
     # Without its pixels the item's grid may be unknown.
-    items = [VisualItem(i.identifier, True, VisualGrid(1, 1, 8), i.rows, None) for i in full.items]
-    stripped = DraftRequest("a", full.token_ids, 20, items, None, 100)
-    assert drafter.propose([stripped], 2) == [oracle(first, 0.5, 2)]
+    items = [replace(item, grid=VisualGrid(1, 1, 8), payload=None) for item in first.items]
+    assert drafter.propose([replace(first, items=items)], 2) == [oracle(first, 2)]
     assert model.encoded == 1
 
 
@@ -219,7 +406,7 @@ def test_a_request_whose_embeddings_are_gone_is_skipped_counted_and_holds_no_pag
     assert model.pool.num_free == model.pool.num_pages
     # Another try after it was preempted may find them.
     drafter.release("a")
-    assert drafter.propose([make_request()], 1) == [oracle(make_request(), 0.5, 1)]
+    assert drafter.propose([make_request()], 1) == [oracle(make_request(), 1)]
 
 
 def test_an_encoder_that_gives_another_number_of_embeddings_costs_only_the_drafts():
@@ -230,11 +417,14 @@ def test_an_encoder_that_gives_another_number_of_embeddings_costs_only_the_draft
     assert drafter.counts["skipped_embeddings"] == 1
 
 
-def test_a_session_that_goes_on_with_a_longer_prompt_starts_afresh():
-    drafter = make_drafter()
-    drafter.propose([make_request("s", prompt_len=20)], 3)
-    longer = make_request("s", prompt_len=30, outputs=(2, 3))
-    assert drafter.propose([longer], 3) == [oracle(longer, 0.5, 3)]
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("costs", [None, FREE])
+def test_a_session_that_goes_on_with_a_longer_prompt_starts_afresh(copies, costs):
+    target = Target()
+    drafter = make_drafter(CopyingModel(target) if copies else SlotModel(), costs=costs)
+    drafter.propose([target.run(make_request("s", prompt_len=20))], 3)
+    longer = target.run(make_request("s", prompt_len=30, outputs=(2, 3)))
+    assert drafter.propose([longer], 3) == [oracle(longer, 3, copies=copies)]
 
 
 def test_releasing_an_unknown_request_is_fine():
@@ -244,10 +434,777 @@ def test_releasing_an_unknown_request_is_fine():
 @pytest.mark.parametrize("ratio", [0.0, 0.9])
 def test_images_are_seen_whole_and_videos_pruned(ratio):
     request = make_request(items=((3, 10),))
-    image = VisualItem("i", False, request.items[0].grid, request.items[0].rows, request.items[0].payload)
+    image = replace(request.items[0], identifier="i", is_video=False)
     model = SlotModel()
     drafter = make_drafter(model, ratio)
     drafter.propose([request], 1)
-    drafter.propose([DraftRequest("b", request.token_ids, 20, [image], None, 9)], 1)
+    drafter.propose([replace(request, req_id="b", items=[image])], 1)
     seen = [int(b.visual_mask.sum()) for b in model.batches]
     assert seen == [10 if ratio == 0 else 1, 10]
+
+
+def test_items_may_be_named_in_another_order_than_they_stand_in():
+    request = make_request(items=((2, 5), (9, 6)))
+    turned = replace(request, items=request.items[::-1])
+    assert make_drafter().propose([turned], 4) == [oracle(request, 4)]
+
+
+# The target as its own drafter ----------------------------------------------------------------------------------------
+
+
+def test_a_drafter_that_copies_computes_one_token_per_drafted_one_and_needs_no_pixels():
+    target = Target()
+    model = CopyingModel(target)
+    drafter = make_drafter(model)
+    requests = [target.run(make_request(name, payload=False)) for name in "ab"]
+    drafts = drafter.propose(requests, 4)
+    assert drafts == [oracle(r, 4, copies=True) for r in requests]
+    assert [len(b.token_ids) for b in model.batches] == [2, 2, 2, 2]
+    assert all(b.visual_mask is None and not b.visual for b in model.batches)
+    assert drafter.counts["skipped_embeddings"] == model.encoded == 0
+    # Only what it sees of the video was copied, and the whole text; the newest token was not.
+    assert {place for req_id, place in model.copied if req_id == "a"} == kept_tokens(requests[0])
+
+
+def test_tokens_that_were_accepted_are_copied_again_although_the_drafter_had_computed_them():
+    target = Target()
+    model = CopyingModel(target)
+    drafter = make_drafter(model)
+    request = target.run(make_request())  # its newest token stands at 20
+    (draft,) = drafter.propose([request], 5)
+    request = target.run(extended(request, [*draft[:3], 9], 5))
+    model.copied.clear()
+    assert drafter.propose([request], 2) == [oracle(request, 2, copies=True)]
+    # The newest token of last time and the accepted ones: the target has read them with the whole video before them.
+    assert sorted(model.copied) == [("a", 20), ("a", 21), ("a", 22), ("a", 23)]
+
+
+def test_more_requests_than_fit_into_a_batch_are_copied_at_once_and_caught_up_in_turns():
+    target = Target()
+    model = CopyingModel(target, max_batch_tokens=2)
+    drafter = make_drafter(model)
+    requests = [target.run(make_request(str(i), prompt_len=20 + i)) for i in range(5)]
+    drafts = drafter.propose(requests, 1)
+    assert drafts == [oracle(r, 1, copies=True) for r in requests]
+    assert [len(b.token_ids) for b in model.batches] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("has_pixels", [True, False])
+def test_a_drafter_that_copies_is_asked_for_embeddings_only_where_the_strategy_looks_at_them(has_pixels):
+    target = Target()
+    model = CopyingModel(target)
+    drafter = make_drafter(model, 0.75, "redundancy")
+    request = make_request(items=((2, 5), (9, 6)), payload=has_pixels)
+    image = replace(request.items[1], is_video=False)
+    request = target.run(replace(request, items=[request.items[0], image]))
+    strategy = "redundancy" if has_pixels else "uniform"
+    kept = kept_tokens(replace(request, items=request.items[:1]), 0.75, strategy)
+    assert drafter.propose([request], 3) == [oracle(request, 3, kept, copies=True)]
+    assert model.encoded == (1 if has_pixels else 0)
+    assert drafter.counts["pruned_uniformly"] == (0 if has_pixels else 1)
+    assert drafter.counts["skipped_embeddings"] == 0
+
+
+# What strategies look at ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("strategy", ["attention", "similarity"])
+def test_two_questions_see_other_parts_of_the_same_video_from_one_encoding(strategy, copies):
+    target = Target()
+    model = CopyingModel(target) if copies else SlotModel()
+    scores = {"a": [flat(32, 1)], "b": [flat(32, 31)]}
+    drafter = make_drafter(model, 0.75, strategy, scores.__getitem__)
+    requests = [target.run(make_request(name, 40, ((3, 32),), video="same")) for name in "ab"]
+    kept = [kept_tokens(r, 0.75, strategy, scores[r.req_id]) for r in requests]
+    assert 3 + 1 in kept[0] - kept[1]
+    assert 3 + 31 in kept[1] - kept[0]
+    drafts = drafter.propose(requests, 3)
+    assert drafts == [oracle(r, 3, k, copies) for r, k in zip(requests, kept, strict=True)]
+    assert model.encoded == (0 if copies else 1)
+    assert drafter.counts["pruned_uniformly"] == 0
+
+
+def test_a_question_about_a_video_that_was_seen_needs_no_pixels():
+    model = SlotModel()
+    scores = {"a": [flat(32, 1)], "b": [flat(32, 31)]}
+    drafter = make_drafter(model, 0.75, "attention", scores.__getitem__)
+    drafter.propose([make_request("a", 40, ((3, 32),), video="same")], 1)
+    drafter.release("a")
+    whole = make_request("b", 40, ((3, 32),), video="same")
+    items = [replace(item, grid=VisualGrid(1, 1, 32), payload=None) for item in whole.items]
+    kept = kept_tokens(whole, 0.75, "attention", scores["b"])
+    assert drafter.propose([replace(whole, items=items)], 3) == [oracle(whole, 3, kept)]
+    assert model.encoded == 1
+
+
+def test_the_target_is_asked_once_per_request_and_every_item_gets_its_own_scores():
+    asked = []
+    scores = [flat(20, 4), flat(24, 0)]
+
+    def ask(req_id):
+        asked.append(req_id)
+        return scores
+
+    drafter = make_drafter(SlotModel(), 0.8, "attention", ask)
+    request = make_request("a", 60, ((2, 20), (30, 24)))
+    kept = kept_tokens(request, 0.8, "attention", scores)
+    assert {2 + 4, 30 + 0} <= kept
+    assert not {2 + 4, 30 + 0} <= kept_tokens(request, 0.8)
+    for more in ([], [5], [6]):
+        request = extended(request, more)
+        assert drafter.propose([request], 2) == [oracle(request, 2, kept)]
+    assert asked == ["a"]
+
+
+def test_items_that_the_target_has_no_scores_of_are_pruned_uniformly_and_counted():
+    scores = [None, flat(24, 23)]
+    drafter = make_drafter(SlotModel(), 0.5, "attention", lambda req_id: scores)
+    request = make_request("a", 60, ((2, 20), (30, 24)))
+    first, second = (replace(request, items=[item]) for item in request.items)
+    kept = kept_tokens(first) & kept_tokens(second, 0.5, "attention", scores[1:])
+    assert drafter.propose([request], 3) == [oracle(request, 3, kept)]
+    assert drafter.counts["pruned_uniformly"] == 1
+
+
+def test_without_a_target_to_ask_everything_is_pruned_uniformly():
+    drafter = make_drafter(SlotModel(), 0.5, "similarity")
+    request = make_request(items=((2, 5), (9, 6)))
+    assert drafter.propose([request], 3) == [oracle(request, 3)]
+    assert drafter.counts["pruned_uniformly"] == 2
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "random", "redundancy", "none"])
+def test_strategies_that_do_not_look_at_scores_ask_nobody(strategy):
+    drafter = make_drafter(SlotModel(), 0.5, strategy, None)
+    drafter._scores = pytest.fail
+    request = make_request(items=((2, 5), (9, 6)))
+    kept = kept_tokens(request, 0.5, strategy)
+    assert drafter.propose([request], 3) == [oracle(request, 3, kept)]
+    assert drafter.counts["pruned_uniformly"] == 0
+
+
+@pytest.mark.parametrize("strategy", ["attention", "redundancy"])
+def test_images_are_whole_whatever_the_strategy_looks_at(strategy):
+    request = make_request("a", 60, ((2, 20), (30, 24)))
+    image = replace(request.items[0], is_video=False)
+    drafter = make_drafter(SlotModel(), 0.8, strategy, lambda req_id: [None, flat(24, 3)])
+    kept = kept_tokens(replace(request, items=request.items[1:]), 0.8, strategy, [flat(24, 3)])
+    mixed = replace(request, items=[image, request.items[1]])
+    assert drafter.propose([mixed], 3) == [oracle(mixed, 3, kept)]
+    assert drafter.counts["pruned_uniformly"] == 0
+
+
+def test_images_alone_ask_nobody():
+    drafter = make_drafter(SlotModel(), 0.8, "attention", pytest.fail)
+    request = make_request()
+    request = replace(request, items=[replace(item, is_video=False) for item in request.items])
+    assert drafter.propose([request], 2) == [oracle(request, 2, set(range(20)))]
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_strategy_that_looks_at_embeddings_gets_them_with_the_grid_the_seed_and_the_ratio(copies):
+    seen = []
+
+    def keep(view, ratio):
+        seen.append((view, ratio))
+        return torch.tensor([0, view.grid.num_tokens - 1])
+
+    target = Target()
+    model = CopyingModel(target) if copies else SlotModel()
+    drafter = make_drafter(model, 0.7, Strategy(keep, looks_at="embeddings"))
+    request = target.run(make_request(items=((2, 5), (9, 6))))
+    kept = set(range(20)) - {3, 4, 5} - {10, 11, 12, 13}
+    assert drafter.propose([request], 2) == [oracle(request, 2, kept, copies)]
+    for (view, ratio), item in zip(seen, request.items, strict=True):
+        assert ratio == 0.7
+        assert (view.grid, view.seed, view.scores) == (item.grid, item.seed, None)
+        assert torch.equal(view.embeddings, SlotModel().encode(item.payload))
+
+
+def test_strategies_that_ask_nobody_keep_only_what_every_request_sees_of_a_video():
+    sizes = {}
+    for strategy in ("uniform", "redundancy", "attention"):
+        drafter = make_drafter(SlotModel(), 0.75, strategy, lambda req_id: [flat(8, 0)])
+        drafter.propose([make_request()], 1)
+        sizes[strategy] = drafter.embeddings.num_bytes
+    assert sizes["uniform"] == sizes["redundancy"] == sizes["attention"] / 4
+
+
+# How far --------------------------------------------------------------------------------------------------------------
+
+
+def sure(entries) -> float:
+    return 0.999
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_free_drafting_goes_to_the_full_length(copies):
+    target = Target()
+    model = CopyingModel(target, confidence=sure) if copies else SlotModel(confidence=sure)
+    drafter = make_drafter(model, costs=FREE)
+    requests = [target.run(make_request("short", max_draft=2)), target.run(make_request("long"))]
+    assert drafter.propose(requests, 7) == [
+        oracle(requests[0], 2, copies=copies),
+        oracle(requests[1], 7, copies=copies),
+    ]
+    assert [len(b.seq_lens) for b in model.batches] == [2, 2, 1, 1, 1, 1, 1]
+    assert all(model.asked_for_probs)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_where_drafting_never_pays_nothing_is_touched_and_later_drafts_are_right(copies):
+    target = Target()
+    model = CopyingModel(target, confidence=sure) if copies else SlotModel(confidence=sure)
+    drafter = make_drafter(model, costs=LOADED)
+    requests = [target.run(make_request(name)) for name in "ab"]
+    for step in range(3):
+        assert drafter.propose(requests, 5) == [[], []]
+        assert drafter.counts["skipped_cost"] == 2 * (step + 1)
+        requests = [target.run(extended(r, [step])) for r in requests]
+    assert model.encoded == len(model.batches) == len(model.slots) == 0
+    assert model.pool.num_free == model.pool.num_pages
+    assert drafter.counts["prefills"] == drafter.counts["drafted_requests"] == 0
+    drafter.costs = FREE
+    assert drafter.propose(requests, 5) == [oracle(r, 5, copies=copies) for r in requests]
+    assert drafter.counts["skipped_cost"] == 6
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("steps_alone", [1, 2, 5])
+def test_drafts_after_steps_without_any_are_right_though_the_last_ones_were_refused(copies, steps_alone):
+    target = Target()
+    model = CopyingModel(target, confidence=sure) if copies else SlotModel(confidence=sure)
+    drafter = make_drafter(model, costs=FREE)
+    request = target.run(make_request())
+    (draft,) = drafter.propose([request], 6)
+    request = target.run(extended(request, [(draft[0] + 1) % VOCAB], 6))
+    drafter.costs = LOADED
+    for token in range(steps_alone):
+        assert drafter.propose([request], 6) == [[]]
+        request = target.run(extended(request, [token]))
+    drafter.costs = FREE
+    # What was drafted and refused lies where the target's tokens belong.
+    assert drafter.propose([request], 6) == [oracle(request, 6, copies=copies)]
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("max_batch_tokens", [1000, 25])
+def test_a_request_whose_drafts_are_unsure_leaves_and_the_sure_one_goes_on(copies, max_batch_tokens):
+    # Every row costs the target a little, so that hopeless ones don't pay.
+    costs = StepCosts([1, 1001], [1.0, 101.0], [0.0, 0.0])
+    target = Target()
+    options = {
+        "confidence": lambda entries: 0.01 if 33 in entries[0] else 0.9999,
+        "max_batch_tokens": max_batch_tokens,  # prompts may come in parts
+    }
+    model = CopyingModel(target, **options) if copies else SlotModel(**options)
+    request = make_request("hopeless", prompt_len=22)
+    request.token_ids[0] = 33
+    requests = [target.run(request), target.run(make_request("sure"))]
+    drafter = make_drafter(model, costs=costs)
+    for step in range(3):
+        drafts = drafter.propose(requests, 6)
+        num_hopeless = len(drafts[0])
+        assert num_hopeless == 1 if step == 0 else num_hopeless < 6  # it is trusted more as it is proven wrong
+        assert drafts == [oracle(requests[0], num_hopeless, copies=copies), oracle(requests[1], 6, copies=copies)]
+        assert [len(b.seq_lens) for b in model.batches[num_hopeless - 6 :]] == [1] * (6 - num_hopeless)
+        # Every draft is accepted: who has left has less in the cache than who has gone on.
+        requests = [target.run(extended(r, [*draft, 7], len(draft))) for r, draft in zip(requests, drafts, strict=True)]
+
+
+def test_the_drafter_learns_from_what_became_of_its_drafts():
+    rng = random.Random(0)
+    drafter = make_drafter(SlotModel(confidence=sure, max_model_len=1000), costs=FREE)
+    requests = [make_request("a"), make_request("b")]
+    judged, accepted = drafter.acceptance.judged.sum(), drafter.acceptance.accepted.sum()
+    for _ in range(30):
+        drafts = drafter.propose(requests, 5)
+        # What was learnt of the last step stands before the next drafts; nothing of these is known yet.
+        assert drafter.acceptance.judged.sum() == judged
+        assert drafter.acceptance.accepted.sum() == pytest.approx(accepted)
+        for i, draft in enumerate(drafts):
+            num_verified = rng.randint(0, len(draft))
+            num_accepted = rng.randint(0, num_verified)
+            requests[i] = extended(requests[i], [*draft[:num_accepted], 3], num_verified)
+            judged += min(num_accepted + 1, num_verified)
+            accepted += num_accepted
+
+
+def planned_lengths(drafter, requests, most: list[int]) -> list[int]:
+    """How far the drafter should have gone in its last step, by a plan that is told the same, for `requests` by falling
+    `most`."""
+    factors = np.array([drafter._histories[r.req_id].factor for r in requests])
+    probs = [
+        [SlotModel.random_prob(e) for e in entries_of_drafts(r, length)]
+        for r, length in zip(requests, most, strict=True)
+    ]
+    seen = [len(kept_tokens(r)) + len(r.token_ids) - r.num_prompt_tokens for r in requests]
+    rates = np.clip(drafter.acceptance.mean() * factors, 0, 0.99)
+    plan = DraftPlan(drafter.costs, rates, np.array([len(r.token_ids) for r in requests]), np.array(seen), max(most))
+    lengths = np.zeros(len(requests), dtype=int)
+    active = np.arange(len(requests))
+    while len(active):
+        chances = [drafter.acceptance.chances([probs[i][lengths[i]]])[0] * factors[i] for i in active]
+        lengths[active] += 1
+        plan.take(active, np.clip(chances, 0, 1))
+        active = active[[lengths[i] < most[i] for i in active]]
+        active = plan.going_on(active) if len(active) else active
+    return lengths.tolist()
+
+
+def entries_of_drafts(request: DraftRequest, k: int) -> list[list[tuple]]:
+    """What the cache holds when each of `k` tokens is drafted."""
+    tokens, drafts = request.token_ids.tolist(), oracle(request, k)
+    return [expected_entries(request, kept_tokens(request), tokens + drafts[:i]) for i in range(k)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_every_request_is_drafted_for_as_far_as_the_plan_goes(data):
+    # The pool may be full, and prompts may come in parts: both change who stands where in a batch.
+    num_pages, max_batch_tokens = data.draw(st.sampled_from([(9, 400), (1000, 400), (1000, 25), (1000, 5)]))
+    drafter = make_drafter(SlotModel(num_pages, max_batch_tokens=max_batch_tokens))
+    room = {"0": 6, "1": 3, "2": 6, "3": 1}
+    requests = [make_request(name, 20 + int(name), max_draft=most) for name, most in room.items()]
+    for _ in range(data.draw(st.integers(1, 6))):
+        drafter.costs = StepCosts(
+            [1, 101], [1.0, 1.0 + data.draw(st.floats(0, 30))], [0.0, data.draw(st.floats(0, 1))], 1e-4, 1e-5
+        )
+        drafts = drafter.propose(requests, 5)
+        ready = [i for i, draft in enumerate(drafts) if draft]
+        ready.sort(key=lambda i: -min(5, requests[i].max_draft_tokens))
+        if ready:
+            most = [min(5, requests[i].max_draft_tokens) for i in ready]
+            assert [len(drafts[i]) for i in ready] == planned_lengths(drafter, [requests[i] for i in ready], most)
+        for i, draft in enumerate(drafts):
+            accepted = data.draw(st.integers(0, len(draft)))
+            requests[i] = extended(requests[i], [*draft[:accepted], 3], len(draft))
+
+
+def test_a_request_whose_drafts_fail_is_soon_drafted_for_less_than_one_whose_drafts_hold():
+    costs = StepCosts([1, 1001], [1.0, 1.0 + 1000 * 0.15], [0.02, 0.02])
+    drafter = make_drafter(SlotModel(confidence=lambda entries: 0.9, max_model_len=2000), costs=costs)
+    requests = [make_request("fails"), make_request("holds")]
+    lens = []
+    for _ in range(30):
+        drafts = drafter.propose(requests, 8)
+        lens.append([len(d) for d in drafts])
+        requests = [
+            extended(requests[0], [3], len(drafts[0])),
+            extended(requests[1], [*drafts[1], 3], len(drafts[1])),
+        ]
+    assert lens[0][0] == lens[0][1]
+    assert sum(fails for fails, _ in lens[-10:]) < 0.5 * sum(holds for _, holds in lens[-10:])
+
+
+def test_a_released_request_has_no_past():
+    drafter = make_drafter(SlotModel(confidence=sure), costs=FREE)
+    request = make_request()
+    drafter.propose([request], 4)
+    drafter.release("a")
+    judged = drafter.acceptance.judged.copy()
+    drafter.propose([extended(request, [1, 2, 3], 4)], 4)
+    assert (drafter.acceptance.judged == judged).all()
+    assert drafter._histories["a"].judged == 0
+    drafter.release("a")
+    assert not drafter._histories
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_two_ranks_that_are_told_the_same_draft_the_same(data):
+    ranks = [make_drafter(SlotModel(page_size=3)) for _ in range(2)]
+    clocks = [time.perf_counter, lambda: random.random() * 1e6]
+    costs = data.draw(RANDOM_COSTS)
+    requests = [make_request(str(i)) for i in range(3)]
+    for _ in range(data.draw(st.integers(1, 6))):
+        drafts = []
+        for rank, clock in zip(ranks, clocks, strict=True):
+            rank.costs = costs
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(time, "perf_counter", clock)  # one rank may be slower than the other
+                drafts.append(rank.propose(requests, 5))
+        assert drafts[0] == drafts[1]
+        assert ranks[0].counts == ranks[1].counts
+        assert (ranks[0].acceptance.accepted == ranks[1].acceptance.accepted).all()
+        for i, draft in enumerate(drafts[0]):
+            accepted = data.draw(st.integers(0, len(draft)))
+            requests[i] = extended(requests[i], [*draft[:accepted], 3], len(draft))
+
+
+# Costs ----------------------------------------------------------------------------------------------------------------
+
+
+def test_costs_lie_on_lines_between_what_was_measured_and_go_on_behind_the_last():
+    costs = StepCosts([1, 4, 8], [1.0, 1.3, 2.1], [0.1, 0.1, 0.3])
+    assert [float(costs.of_target(rows)) for rows in (1, 2, 4, 6, 8)] == pytest.approx([1.0, 1.1, 1.3, 1.7, 2.1])
+    assert float(costs.of_target(18)) == pytest.approx(2.1 + 10 * 0.2)
+    assert costs.of_draft(np.array([1, 3, 6, 10])).tolist() == pytest.approx([0.1, 0.1, 0.2, 0.4])
+
+
+def test_behind_a_single_measured_point_every_row_costs_as_much():
+    # Measuring ends where a forward takes seconds; rows that were never measured are not free.
+    costs = StepCosts([1], [1.5], [0.2])
+    assert costs.of_target(np.array([1, 7, 900])).tolist() == pytest.approx([1.5, 10.5, 1350])
+    assert float(costs.of_draft(12)) == pytest.approx(2.4)
+
+
+def test_context_costs_by_the_token_whatever_the_rows():
+    costs = StepCosts([1, 2], [1.0, 2.0], [0.1, 0.2], target_per_context=1e-3, draft_per_context=1e-4)
+    assert float(costs.of_target(2, 5000.0)) == pytest.approx(7.0)
+    assert costs.of_draft(np.array([1, 2]), np.array([1000.0, 3000.0])).tolist() == pytest.approx([0.2, 0.5])
+
+
+@settings(deadline=None)
+@given(RANDOM_COSTS, st.integers(1, 100), st.integers(1, 100))
+def test_more_rows_never_cost_less(costs, few, more):
+    few, more = sorted((few, more))
+    assert costs.of_target(few) <= costs.of_target(more) + 1e-12
+    assert costs.of_draft(few) <= costs.of_draft(more) + 1e-12
+
+
+# What is learnt -------------------------------------------------------------------------------------------------------
+
+CONFIDENCES = [1 / (1 + np.exp(-x)) for x in (-6, *np.arange(-3.5, 8), 10)]  # one of every bin
+
+
+def drafted(confidences, num_tokens=10) -> RequestHistory:
+    return RequestHistory(confidences=list(confidences), num_tokens=num_tokens)
+
+
+def outcomes_of(acceptance: Acceptance, history: RequestHistory, num_tokens: int, num_verified: int) -> list:
+    """What learning adds, `(judged, accepted)` of every bin that changes, by falling confidence."""
+    judged, accepted = acceptance.judged.copy(), acceptance.accepted.copy()
+    acceptance.learn(history, num_tokens, num_verified)
+    judged, accepted = acceptance.judged - judged, acceptance.accepted - accepted
+    return [(round(judged[i], 6), round(accepted[i], 6)) for i in reversed(np.flatnonzero(judged))]
+
+
+def test_before_anything_is_learnt_chances_follow_the_drafters_own_confidence():
+    chances = Acceptance().chances(CONFIDENCES)
+    assert (np.diff(chances) > 0).all()
+    assert np.abs(chances - np.array(CONFIDENCES)).max() < 0.15
+    assert 0.5 < Acceptance().mean() < 0.8
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_verified", "outcomes"),
+    [
+        # Ten tokens before; the first number is how many there are after the step, which adds one of the target's own.
+        (11, 3, [(1, 0)]),  # the first was refused: nothing is known of the others
+        (12, 3, [(1, 1), (1, 0)]),
+        (13, 3, [(1, 1), (1, 1), (1, 0)]),
+        (14, 3, [(1, 1), (1, 1), (1, 1)]),  # all were accepted
+        (13, 2, [(1, 1), (1, 1)]),  # only two were verified, and both accepted
+        (12, 2, [(1, 1), (1, 0)]),
+        (12, 1, [(1, 1)]),
+        (11, 1, [(1, 0)]),
+        (11, 0, []),  # the step had no room for drafts
+        (10, 3, [(1, 0)]),
+        (30, 3, [(1, 1), (1, 1), (1, 1)]),
+        (14, 9, [(1, 1), (1, 1), (1, 1)]),
+    ],
+)
+def test_drafted_tokens_are_judged_up_to_the_first_that_was_refused(num_tokens, num_verified, outcomes):
+    acceptance, history = Acceptance(), drafted([0.99, 0.9, 0.5])
+    expected = acceptance.chances([0.99, 0.9, 0.5])[: len(outcomes)].sum()
+    assert outcomes_of(acceptance, history, num_tokens, num_verified) == outcomes
+    assert history.judged == len(outcomes)
+    assert history.accepted == sum(accepted for _, accepted in outcomes)
+    assert history.expected == pytest.approx(expected)
+    # A draft is judged once.
+    assert outcomes_of(acceptance, history, num_tokens + 5, 3) == []
+
+
+def test_impossible_and_certain_confidences_are_judged_like_any_other():
+    acceptance = Acceptance()
+    assert outcomes_of(acceptance, drafted([1.0, 0.0]), 12, 2) == [(1, 1), (1, 0)]
+    assert acceptance.chances([0.0, 1.0]).tolist() == acceptance.chances([1e-7, 1 - 1e-7]).tolist()
+
+
+def test_chances_become_the_shares_that_were_accepted_and_rise_with_confidence():
+    acceptance = Acceptance()
+    shares = np.linspace(0.05, 0.95, len(CONFIDENCES))  # the drafter is not what it thinks it is
+    for confidence, share in zip(CONFIDENCES, shares, strict=True):
+        for i in range(400):
+            accepted = int((i + 1) * share) - int(i * share)
+            acceptance.learn(drafted([confidence]), 11 + accepted, 1)
+    chances = acceptance.chances(CONFIDENCES)
+    assert (np.diff(chances) > 0).all()
+    assert np.abs(chances - shares).max() < 0.02
+    assert acceptance.mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_old_days_are_forgotten():
+    acceptance = Acceptance()
+    for _ in range(300):
+        acceptance.learn(drafted([0.9] * 10), 21, 10)
+    assert acceptance.judged.max() == 512
+    assert acceptance.chances([0.9])[0] > 0.97
+    others = acceptance.chances([0.5, 0.999])
+    for _ in range(1500):
+        acceptance.learn(drafted([0.9]), 11, 1)
+    assert acceptance.chances([0.9])[0] < 0.1
+    assert (acceptance.chances([0.5, 0.999]) == others).all()
+    assert acceptance.judged.max() == 512
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.lists(st.floats(0, 1), max_size=8), st.integers(0, 9), st.integers(0, 9)), max_size=80))
+def test_chances_stay_chances_whatever_is_learnt(drafts):
+    acceptance, history = Acceptance(), RequestHistory()
+    for confidences, emitted, num_verified in drafts:
+        history.confidences, history.num_tokens = confidences, 10
+        acceptance.learn(history, 10 + emitted, num_verified)
+    chances = acceptance.chances(CONFIDENCES)
+    assert ((chances > 0) & (chances < 1)).all()
+    assert 0 < acceptance.mean() < 1
+    assert (acceptance.judged <= 512).all()
+    assert 0 <= history.accepted <= history.judged
+    assert history.factor > 0
+
+
+def test_a_requests_own_past_outweighs_that_of_others_slowly():
+    acceptance = Acceptance()
+    good, bad, new = RequestHistory(), RequestHistory(), RequestHistory()
+    assert new.factor == 1
+    factors = []
+    for _ in range(200):
+        good.confidences, good.num_tokens = [0.9], 10
+        acceptance.learn(good, 12, 1)
+        bad.confidences, bad.num_tokens = [0.9], 10
+        acceptance.learn(bad, 11, 1)
+        factors.append(bad.factor)
+    assert factors[0] > 0.9  # one token says little
+    assert factors[-1] < 0.25
+    assert good.factor > 1.5
+    assert acceptance.chances([0.9])[0] * good.factor == pytest.approx(1, abs=0.25)
+
+
+# The plan of a step ---------------------------------------------------------------------------------------------------
+
+
+def plan_of(costs, rates, target_context=None, draft_context=None, max_length=10) -> DraftPlan:
+    rates = np.array(rates, dtype=float)
+    nothing = np.zeros(len(rates))
+    return DraftPlan(
+        costs,
+        rates,
+        nothing if target_context is None else np.array(target_context, dtype=float),
+        nothing if draft_context is None else np.array(draft_context, dtype=float),
+        max_length,
+    )
+
+
+RATES = st.lists(st.floats(0, 0.99), min_size=1, max_size=6)
+
+
+def speed_of(costs, rates, lengths, target_context=0.0, draft_context=None) -> float:
+    """Expected tokens a second where request r drafts `lengths[r]` tokens, from first principles."""
+    context = np.zeros(len(rates)) if draft_context is None else np.array(draft_context)
+    tokens = sum(sum(rate**i for i in range(length + 1)) for rate, length in zip(rates, lengths, strict=True))
+    seconds = costs.of_target(len(rates) + sum(lengths), target_context)
+    for step in range(max(lengths)):
+        drafting = [r for r, length in enumerate(lengths) if length > step]
+        seconds += costs.of_draft(len(drafting), context[drafting].sum())
+    return tokens / seconds
+
+
+@settings(max_examples=200, deadline=None)
+@given(RANDOM_COSTS, RATES, st.integers(1, 8), st.floats(0, 1000), st.floats(0, 1000))
+def test_drafting_is_worth_it_where_a_length_for_all_promises_more_than_none(
+    costs, rates, max_length, target_context, draft_context
+):
+    num = len(rates)
+    contexts = [target_context] * num, [draft_context] * num
+    speeds = [
+        speed_of(costs, rates, [length] * num, num * target_context, contexts[1]) for length in range(max_length + 1)
+    ]
+    least = LEAST_GAIN * speeds[0]
+    assume(abs(max(speeds[1:]) - least) > 1e-9)
+    assert plan_of(costs, rates, *contexts, max_length).is_worth_it() == (max(speeds[1:]) > least)
+
+
+def test_no_length_beyond_the_longest_is_hoped_for():
+    # One drafted token gains too little to bother, two are enough.
+    costs = StepCosts([1, 100], [1.0, 1.0], [0.9, 0.9])
+    assert speed_of(costs, [0.99], [1]) < LEAST_GAIN < speed_of(costs, [0.99], [2])
+    assert not plan_of(costs, [0.99], max_length=1).is_worth_it()
+    assert plan_of(costs, [0.99], max_length=2).is_worth_it()
+
+
+@settings(max_examples=100, deadline=None)
+@given(RANDOM_COSTS, RATES, st.data())
+def test_a_plan_counts_tokens_and_seconds_as_they_come(costs, rates, data):
+    context = data.draw(st.lists(st.integers(0, 900), min_size=len(rates), max_size=len(rates)))
+    plan = plan_of(costs, rates, [100] * len(rates), context)
+    lengths = np.zeros(len(rates), dtype=int)
+    active = np.arange(len(rates))
+    for _ in range(data.draw(st.integers(1, 4))):
+        plan.take(active, np.array(rates)[active])
+        lengths[active] += 1
+        speed = speed_of(costs, rates, lengths.tolist(), 100.0 * len(rates), context)
+        assert plan.tokens / plan.cost == pytest.approx(speed)
+        active = active[data.draw(st.lists(st.booleans(), min_size=len(active), max_size=len(active)))]
+        if not len(active):
+            break
+
+
+def speed_with(plan: DraftPlan, requests) -> float:
+    """Expected tokens a second if `requests` drafted one more token, and then nobody."""
+    after = copy.deepcopy(plan)
+    if len(requests):
+        after.take(np.array(requests), plan.rates[list(requests)])
+    return after.tokens / after.cost
+
+
+def partial_plan(data, costs, rates, context) -> tuple[DraftPlan, np.ndarray]:
+    """A plan in the middle of a step, and who may draft another token."""
+    plan = plan_of(costs, rates, None, context)
+    requests = np.arange(len(rates))
+    for _ in range(data.draw(st.integers(0, 3))):
+        chances = data.draw(st.lists(st.floats(0, 1), min_size=len(requests), max_size=len(requests)))
+        plan.take(requests, np.array(chances))
+        some = requests[data.draw(st.lists(st.booleans(), min_size=len(requests), max_size=len(requests)))]
+        requests = some if len(some) else requests
+    return plan, requests
+
+
+@settings(max_examples=200, deadline=None)
+@given(RANDOM_COSTS, RATES, st.integers(0, 900), st.data())
+def test_of_all_groups_that_could_draft_one_more_token_the_one_of_most_tokens_a_second_does(
+    costs, rates, context, data
+):
+    # With as much in the cache of everyone, only how many go on decides what it costs.
+    plan, requests = partial_plan(data, costs, rates, [context] * len(rates))
+    chosen = plan.going_on(requests).tolist()
+    groups = itertools.chain.from_iterable(itertools.combinations(requests, n) for n in range(len(requests) + 1))
+    best = max(speed_with(plan, group) for group in groups)
+    assert speed_with(plan, chosen) == pytest.approx(best, rel=1e-9)
+    assert chosen == [r for r in requests if r in chosen]  # in their order, and none of others
+
+
+@settings(max_examples=200, deadline=None)
+@given(RANDOM_COSTS, RATES, st.data())
+def test_where_contexts_differ_those_of_the_best_chances_go_on_as_many_as_pay(costs, rates, data):
+    context = data.draw(st.lists(st.integers(0, 900), min_size=len(rates), max_size=len(rates)))
+    plan, requests = partial_plan(data, costs, rates, context)
+    chosen = plan.going_on(requests).tolist()
+    order = sorted(requests, key=lambda r: -plan.survival[r] * plan.rates[r])
+    assert sorted(order[: len(chosen)]) == sorted(chosen)
+    best = max(speed_with(plan, order[:n]) for n in range(len(order) + 1))
+    assert speed_with(plan, chosen) == pytest.approx(best, rel=1e-9)
+
+
+def test_nobody_goes_on_for_nothing():
+    plan = plan_of(FREE, [0.5, 0.5])
+    plan.take(np.arange(2), np.array([0.0, 0.7]))
+    # The first can't be accepted any more: not even a free token is drafted for it.
+    assert plan.going_on(np.arange(2)).tolist() == [1]
+    plan.take(np.array([1]), np.array([0.0]))
+    assert plan.going_on(np.array([1])).tolist() == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.floats(0, 0.99), st.floats(0, 1), st.floats(0, 1), st.integers(1, 12)
+)  # fmt: skip
+def test_one_request_is_drafted_for_as_far_as_is_best_where_costs_are_lines(rate, per_row, drafting, max_length):
+    # Then speed over length has one hill, and to stop at the first step down is to stop at its top.
+    costs = StepCosts([1, 101], [1.0, 1.0 + 100 * per_row], [drafting, drafting])
+    plan = plan_of(costs, [rate], max_length=max_length)
+    length, active = 1, np.array([0])
+    plan.take(active, np.array([rate]))
+    while length < max_length and len(plan.going_on(active)):
+        plan.take(active, np.array([rate]))
+        length += 1
+    best = max(speed_of(costs, [rate], [n]) for n in range(1, max_length + 1))
+    assert speed_of(costs, [rate], [length]) == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize("num_requests", [1, 8, 64])
+def test_where_every_row_costs_as_much_as_another_nobody_drafts(num_requests):
+    costs = StepCosts([1, 2, 1000], [0.02, 0.04, 20.0], [0.0, 0.0, 0.0])
+    assert not plan_of(costs, [0.99] * num_requests).is_worth_it()
+
+
+@pytest.mark.parametrize("num_requests", [1, 8, 64])
+def test_where_rows_cost_nothing_everybody_with_good_chances_drafts_fully(num_requests):
+    costs = StepCosts([1, 1000], [1.0, 1.0], [0.02, 0.02])
+    plan = plan_of(costs, [0.95] * num_requests)
+    assert plan.is_worth_it()
+    everybody = np.arange(num_requests)
+    for _ in range(10):
+        plan.take(everybody, np.full(num_requests, 0.95))
+        assert plan.going_on(everybody).tolist() == everybody.tolist()
+
+
+def test_the_same_drafts_pay_for_few_requests_and_not_for_many():
+    # Bound by memory up to 64 rows, by arithmetic beyond.
+    costs = StepCosts([1, 64, 1024], [1.0, 1.0, 16.0], [0.1, 0.1, 1.6])
+    worth = [plan_of(costs, [0.8] * num).is_worth_it() for num in (1, 4, 16, 64, 256)]
+    assert worth == sorted(worth, reverse=True)
+    assert worth[0]
+    assert not worth[-1]
+
+
+def test_a_long_video_in_the_targets_cache_makes_drafts_worth_more_and_one_in_the_drafters_less():
+    # Rows of drafts share one reading of the cache.
+    costs = StepCosts([1, 101], [1.0, 51.0], [0.1, 0.1], target_per_context=1e-4, draft_per_context=1e-4)
+    assert not plan_of(costs, [0.6], [0], [0]).is_worth_it()
+    assert plan_of(costs, [0.6], [50_000], [0]).is_worth_it()
+    assert plan_of(costs, [0.6], [50_000], [5_000]).is_worth_it()
+    assert not plan_of(costs, [0.6], [50_000], [50_000]).is_worth_it()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=9))
+def test_smooth_costs_rise_ever_more_steeply_and_no_higher_than_what_was_measured(seconds):
+    rows = [1 << i for i in range(len(seconds))]
+    smooth = smooth_costs(rows, seconds)
+    assert all(a <= b * (1 + 1e-9) for a, b in zip(smooth, seconds, strict=True))
+    slopes = np.diff(smooth) / np.diff(rows)
+    assert (slopes >= -1e-9).all()
+    assert (np.diff(slopes) >= -1e-9).all()
+    # And they touch it: at both ends of what never falls, and wherever that is such a curve already.
+    assert smooth[0] == pytest.approx(min(seconds))
+    assert smooth[-1] == pytest.approx(seconds[-1])
+    assert smooth_costs(rows, smooth) == pytest.approx(smooth)
+
+
+def test_a_stair_in_the_costs_does_not_end_drafts_that_pay_on_the_next_landing():
+    rows, seconds = [1, 2, 4, 16], [1.0, 1.0, 2.0, 2.0]
+    costs = StepCosts(rows, smooth_costs(rows, seconds), [0.02] * 4)
+    plan = plan_of(costs, [0.95])
+    assert plan.is_worth_it()
+    for _ in range(10):
+        plan.take(np.array([0]), np.array([0.95]))
+        assert plan.going_on(np.array([0])).tolist() == [0]
+
+
+@pytest.mark.parametrize("drafting", [0.05, 0.08, 0.3])
+def test_after_requests_that_were_drafted_for_badly_others_get_their_chance(drafting):
+    drafter = make_drafter(
+        SlotModel(confidence=lambda entries: 0.9), costs=StepCosts([1, 1000], [1.0, 1.0], [drafting] * 2)
+    )
+    lengths = []
+    for number in range(8):
+        request = make_request(str(number), max_draft=10**6)
+        for _ in range(40):
+            (draft,) = drafter.propose([request], 10)
+            lengths.append(len(draft))
+            request = extended(request, [(draft[0] if draft else 0) + 1], len(draft))  # always refused
+        drafter.release(str(number))
+    assert sum(length > 0 for length in lengths[-160:]) > 0, "it tries again now and then"
+    assert sum(lengths[-160:]) < 0.5 * 10 * 160, "and does not insist"
+
+
+def test_an_image_may_bear_the_name_of_a_video_that_was_pruned():
+    drafter = make_drafter()
+    video = make_request("a", video="x")
+    drafter.propose([video], 2)
+    image = replace(make_request("b", video="x"), items=[replace(video.items[0], is_video=False)])
+    (draft,) = drafter.propose([image], 2)
+    assert len(draft) == 2
+    assert len(drafter.sequences["b"].kept) == image.num_prompt_tokens

@@ -5,23 +5,28 @@ The drafter knows nothing of vLLM: requests come in as `DraftRequest`, the model
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from vllm_lvspec.draft.embeddings import EmbeddingCache, KeptEmbeddings
+from vllm_lvspec.draft.length import Acceptance, DraftPlan, RequestHistory, StepCosts
 from vllm_lvspec.draft.pages import DraftSequence, PagePool
-from vllm_lvspec.draft.pruning import Strategy, VisualGrid
+from vllm_lvspec.draft.pruning import STRATEGIES, Strategy, VideoView, VisualGrid
 from vllm_lvspec.kernels.advance_decode import advance_decode
 
-# What is counted: requests and tokens drafted for, forwards of the model, and requests that could not be drafted for in
-# a step because no room was left in their length, no page in the pool, or their visual embeddings can't be had.
+# What is counted: requests and tokens drafted for, forwards of the model, requests that could not be drafted for in a
+# step because no room was left in their length, no page in the pool, their visual embeddings can't be had, or because
+# drafting would not have paid; and videos of which the strategy did not know what it looks at.
 COUNTS = (
-    "drafted_requests", "drafted_tokens", "forwards", "skipped_length", "skipped_pool_full", "skipped_embeddings",
+    "drafted_requests", "drafted_tokens", "forwards", "prefills", "skipped_length", "skipped_pool_full",
+    "skipped_embeddings", "skipped_cost", "pruned_uniformly",
 )  # fmt: skip
 
 
@@ -30,7 +35,7 @@ class VisualItem:
     """One image or video in a prompt.
 
     `rows`: indices among the prompt's tokens that its embeddings replace, ascending, int64 `[num_embeddings]`.
-    `payload` is what `DraftModel.encode` needs, or None where vLLM has stripped it.
+    `payload` is what `DraftModel.encode` needs, or None where vLLM has stripped it; `seed` follows from the identifier.
     """
 
     identifier: str
@@ -38,11 +43,17 @@ class VisualItem:
     grid: VisualGrid
     rows: np.ndarray
     payload: Any
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """One running request: `token_ids [num_tokens]` are its prompt and all that was emitted, the newest token last."""
+    """One running request: `token_ids [num_tokens]` are its prompt and all that was emitted, the newest token last.
+
+    `num_verified`: tokens of its last draft that were verified in this step. `target_slots`: from places of tokens in
+    the sequence (int64) to their slots in the target's KV cache, for models that copy; all but the newest token are
+    there.
+    """
 
     req_id: str
     token_ids: np.ndarray
@@ -50,6 +61,8 @@ class DraftRequest:
     items: Sequence[VisualItem]
     prompt: Any  # what `DraftModel.prompt_positions` needs
     max_draft_tokens: int  # what is left of the request's length
+    num_verified: int = 0
+    target_slots: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 @dataclass
@@ -76,9 +89,20 @@ class DraftBatch:
     visual: list[torch.Tensor] = field(default_factory=list)
 
 
-class DraftModel(Protocol):
-    """What the drafter asks of a model and its KV cache."""
+class Drafted(NamedTuple):
+    """Greedy next tokens `[num_rows]` int64; their probabilities `[num_rows]` float32 where these were asked for."""
 
+    token_ids: torch.Tensor
+    probs: torch.Tensor | None
+
+
+class DraftModel(Protocol):
+    """What the drafter asks of a model and its KV cache.
+
+    `copies`: whether it takes keys and values from the target's cache, by `copy`, instead of computing them.
+    """
+
+    copies: bool
     device: torch.device
     pool: PagePool
     max_batch_tokens: int
@@ -92,8 +116,12 @@ class DraftModel(Protocol):
         """Visual embeddings `[num_embeddings, width]` of one item."""
         ...
 
-    def forward(self, batch: DraftBatch, logits_rows: torch.Tensor) -> torch.Tensor:
-        """Write the batch into the cache; greedy next tokens `[len(logits_rows)]`, int64, after these rows."""
+    def forward(self, batch: DraftBatch, logits_rows: torch.Tensor, with_probs: bool = False) -> Drafted:
+        """Write the batch into the cache; the next tokens after these rows."""
+        ...
+
+    def copy(self, target_slots: torch.Tensor, slots: torch.Tensor) -> None:
+        """Copy keys and values `[num_tokens]` (int64, on the host) from the target's cache into its own."""
         ...
 
     def profile(self) -> None:
@@ -112,15 +140,31 @@ class _Prompt:
 
 
 class Drafter:
-    """Owns the drafter's sequences, their pages and the visual embeddings."""
+    """Owns the drafter's sequences, their pages and the visual embeddings.
 
-    def __init__(self, model: DraftModel, prune: Strategy, ratio: float, max_embedding_bytes: int):
+    `scores(req_id)`: the target's scores of each item's tokens, None for items where it has none; for strategies that
+    ask the target. `costs`: where they are given, drafts are as long as they pay.
+    """
+
+    def __init__(
+        self,
+        model: DraftModel,
+        strategy: Strategy,
+        ratio: float,
+        max_embedding_bytes: int,
+        scores: Callable[[str], Sequence[torch.Tensor | None]] | None = None,
+    ):
         self.model = model
-        self.prune = prune
+        self.strategy = strategy
         self.ratio = ratio
         self.embeddings = EmbeddingCache(max_embedding_bytes)
         self.sequences: dict[str, DraftSequence] = {}
+        self.costs: StepCosts | None = None
+        self.acceptance = Acceptance()
+        self.prefill_seconds = 0.0
+        self._scores = scores
         self._prompts: dict[str, _Prompt] = {}
+        self._histories: dict[str, RequestHistory] = {}
         self._undraftable: set[str] = set()
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
 
@@ -130,29 +174,70 @@ class Drafter:
         if sequence is not None:
             self.model.pool.release(sequence.pages)
         self._prompts.pop(req_id, None)
+        self._histories.pop(req_id, None)
         self._undraftable.discard(req_id)
 
     def propose(self, requests: Sequence[DraftRequest], num_speculative_tokens: int) -> list[list[int]]:
         """Drafted tokens of each request, at most `num_speculative_tokens`; empty where it can't be drafted for."""
         drafts: list[list[int]] = [[] for _ in requests]
-        ready: list[tuple[int, int]] = []  # draft length, index of the request
+        wanted: list[tuple[int, int]] = []  # draft length at most, index of the request
         for i, request in enumerate(requests):
+            self._roll_back(request)
             room = self.model.max_model_len - len(request.token_ids)
             length = min(num_speculative_tokens, request.max_draft_tokens, room)
             if length < 1:
                 self.counts["skipped_length"] += 1
-            elif self._prepare(request, length):
-                ready.append((length, i))
+            else:
+                wanted.append((length, i))
+        plan = self._plan([requests[i] for _, i in wanted], num_speculative_tokens) if self.costs is not None else None
+        if plan is not None and not plan.is_worth_it():
+            self.counts["skipped_cost"] += len(wanted)
+            self._doubt([requests[i] for _, i in wanted])
+            return drafts
+        ready = [(length, i) for length, i in wanted if self._prepare(requests[i], length)]
         if not ready:
             return drafts
         ready.sort(key=lambda pair: -pair[0])
-        lengths = [length for length, _ in ready]
-        drafted = self._draft([requests[i] for _, i in ready], lengths)
-        for (length, i), row in zip(ready, drafted, strict=True):
-            drafts[i] = row[:length]
+        chosen = [requests[i] for _, i in ready]
+        if plan is not None:
+            plan = self._plan(chosen, num_speculative_tokens)
+        for (_, i), row in zip(ready, self._draft(chosen, [length for length, _ in ready], plan), strict=True):
+            drafts[i] = row
         self.counts["drafted_requests"] += len(ready)
-        self.counts["drafted_tokens"] += sum(lengths)
+        self.counts["drafted_tokens"] += sum(len(row) for row in drafts)
         return drafts
+
+    # How far ------------------------------------------------------------------------------------------------------
+
+    def _plan(self, requests: Sequence[DraftRequest], max_length: int) -> DraftPlan | None:
+        """What is known of the chances of `requests`, and what drafting for them costs."""
+        if not requests:
+            return None
+        assert self.costs is not None
+        rates = []
+        for request in requests:
+            history = self._histories.setdefault(request.req_id, RequestHistory())
+            self.acceptance.learn(history, len(request.token_ids), request.num_verified)
+            rates.append(history.factor)
+        mean = self.acceptance.mean()
+        target = np.array([len(r.token_ids) for r in requests], dtype=float)
+        # A request that is not drafted for yet is taken for one of which nothing is hidden.
+        hidden = [s.num_hidden if (s := self.sequences.get(r.req_id)) else 0 for r in requests]
+        return DraftPlan(self.costs, np.clip(mean * np.array(rates), 0, 0.99), target, target - hidden, max_length)
+
+    def _roll_back(self, request: DraftRequest) -> None:
+        """Forget what is not valid in the cache: drafted tokens that were rejected. The newest was never there.
+
+        In every step, drafted for or not: later, the request's length will not tell what was rejected.
+        """
+        if (sequence := self.sequences.get(request.req_id)) is not None:
+            sequence.num_cached = min(sequence.num_cached, len(request.token_ids) - sequence.num_hidden - 1)
+
+    def _doubt(self, requests: Sequence[DraftRequest]) -> None:
+        """Nothing is learned of drafts that aren't made, so what was learned before is believed less and less."""
+        self.acceptance.fade()
+        for request in requests:
+            self._histories[request.req_id].fade()
 
     # Preparing a request ------------------------------------------------------------------------------------------
 
@@ -166,24 +251,27 @@ class Drafter:
         if req_id in self._undraftable:
             self.counts["skipped_embeddings"] += 1
             return False
-        known: list[KeptEmbeddings | None] = []
+        started = time.perf_counter()
+        visual: list[KeptEmbeddings] = []
         if sequence is None:
-            known = [self.embeddings.get(item.identifier, len(item.rows)) for item in request.items]
-            if any(hit is None and item.payload is None for hit, item in zip(known, request.items, strict=True)):
+            found = self._views(request)
+            if found is None:
                 return self._give_up(req_id)
-            sequence = DraftSequence(request.num_prompt_tokens, self._kept_tokens(request, known))
+            kept, visual = found
+            mask = np.ones(request.num_prompt_tokens, dtype=bool)
+            for item, indices in zip(request.items, kept, strict=True):
+                mask[item.rows] = False
+                mask[item.rows[indices.numpy()]] = True
+            sequence = DraftSequence(request.num_prompt_tokens, np.flatnonzero(mask).tolist())
         num_entries = len(request.token_ids) - sequence.num_hidden
-        # The newest token was never in the cache, and drafted ones that were rejected are not valid there.
-        sequence.num_cached = min(sequence.num_cached, num_entries - 1)
         if not self.model.pool.grow(sequence.pages, num_entries + length - 1):
             self.counts["skipped_pool_full"] += 1
             return False
         if req_id not in self.sequences:
             self.sequences[req_id] = sequence
-            visual = self._encode_missing(request, known)
-            if visual is None:
-                return self._give_up(req_id)
             self._prompts[req_id] = self._build_prompt(request, sequence, visual)
+            self.counts["prefills"] += 1
+            self.prefill_seconds += time.perf_counter() - started
         return True
 
     def _give_up(self, req_id: str) -> bool:
@@ -193,33 +281,64 @@ class Drafter:
         self.counts["skipped_embeddings"] += 1
         return False
 
-    def _kept_rows(self, item: VisualItem) -> torch.Tensor:
+    def _views(self, request: DraftRequest) -> tuple[list[torch.Tensor], list[KeptEmbeddings]] | None:
+        """What is kept of each item, indices among its embeddings, and these embeddings; None where they can't be had.
+
+        Of models that copy no embeddings are asked.
+        """
+        scores: Sequence[torch.Tensor | None] = [None] * len(request.items)
+        if self.strategy.asks_target and self._scores is not None and any(item.is_video for item in request.items):
+            scores = self._scores(request.req_id)
+        kept, visual = [], []
+        for item, score in zip(request.items, scores, strict=True):
+            embeddings = None
+            if not self.model.copies or (item.is_video and self.strategy.looks_at == "embeddings"):
+                embeddings = self._embeddings_of(item)
+                if embeddings is None and not self.model.copies:
+                    return None
+            indices = self._kept_rows(item, score, embeddings)
+            kept.append(indices)
+            if embeddings is not None and not self.model.copies:
+                rows = torch.searchsorted(embeddings.indices, indices)
+                part = embeddings.embeddings[rows.to(embeddings.embeddings.device)]
+                visual.append(KeptEmbeddings(embeddings.num_embeddings, indices, part))
+        return kept, visual
+
+    def _kept_rows(self, item: VisualItem, score: torch.Tensor | None, known: KeptEmbeddings | None) -> torch.Tensor:
         if not item.is_video:
             return torch.arange(len(item.rows))
-        return self.prune(item.grid, self.ratio)
+        if known is not None and not known.is_whole:
+            return known.indices  # the rest of it has not been kept
+        embeddings = None if known is None else known.embeddings
+        view = VideoView(item.grid, item.seed, embeddings, score)
+        seen = {"grid": item.grid, "embeddings": embeddings, "attention": score, "similarity": score}
+        if seen[self.strategy.looks_at] is None:
+            self.counts["pruned_uniformly"] += 1
+            return STRATEGIES["uniform"].keep(view, self.ratio)
+        return self.strategy.keep(view, self.ratio)
 
-    def _kept_tokens(self, request: DraftRequest, known: list[KeptEmbeddings | None]) -> list[int]:
-        mask = np.ones(request.num_prompt_tokens, dtype=bool)
-        for item, hit in zip(request.items, known, strict=True):
-            # An item without its pixels may have no grid either; what was kept of it is known with its embeddings.
-            indices = self._kept_rows(item) if hit is None else hit.indices
-            mask[item.rows] = False
-            mask[item.rows[indices.numpy()]] = True
-        return np.flatnonzero(mask).tolist()
+    def _embeddings_of(self, item: VisualItem) -> KeptEmbeddings | None:
+        """The item's embeddings, or those of what every request sees of it; None where they can't be had.
 
-    def _encode_missing(self, request: DraftRequest, known: list[KeptEmbeddings | None]) -> list[KeptEmbeddings] | None:
-        """Kept embeddings of all items; None where the encoder does not give what the prompt has room for."""
-        found = {item.identifier: hit for item, hit in zip(request.items, known, strict=True) if hit is not None}
-        missing = {item.identifier: item for item in request.items if item.identifier not in found}
-        for item in missing.values():
-            # One by one: the encoder's memory was profiled for one item, and only what is kept of it stays.
-            full = self.model.encode(item.payload)
-            if len(full) != len(item.rows):
-                return None
-            indices = self._kept_rows(item)
-            found[item.identifier] = KeptEmbeddings(len(full), indices, full[indices.to(full.device)].clone())
-            self.embeddings.put(item.identifier, found[item.identifier])
-        return [found[item.identifier] for item in request.items]
+        Encoded one by one: the encoder's memory was profiled for one item, and only what may be needed of it stays.
+        """
+        known = self.embeddings.get(item.identifier, len(item.rows))
+        # Clients name items, and an image may bear the name of a video that was pruned.
+        if known is not None and not item.is_video and not known.is_whole:
+            known = None
+        if known is not None or item.payload is None:
+            return known
+        full = self.model.encode(item.payload)
+        if len(full) != len(item.rows):
+            return None
+        whole = KeptEmbeddings(len(full), torch.arange(len(full)), full)
+        if self.strategy.asks_target:  # other questions see other parts of it
+            found = whole
+        else:
+            indices = self._kept_rows(item, None, whole)
+            found = KeptEmbeddings(len(full), indices, full[indices.to(full.device)].clone())
+        self.embeddings.put(item.identifier, found)
+        return found
 
     def _build_prompt(self, request: DraftRequest, sequence: DraftSequence, visual: list[KeptEmbeddings]) -> _Prompt:
         positions, delta = self.model.prompt_positions(request.prompt, request.num_prompt_tokens)
@@ -235,37 +354,75 @@ class Drafter:
 
     # Running the model --------------------------------------------------------------------------------------------
 
-    def _draft(self, requests: list[DraftRequest], lengths: list[int]) -> list[list[int]]:
-        """Draft for prepared `requests`, sorted by falling `lengths`."""
-        newest = self._catch_up(requests)
-        drafted = [newest]
+    def _draft(self, requests: list[DraftRequest], lengths: list[int], plan: DraftPlan | None) -> list[list[int]]:
+        """Draft for prepared `requests`, sorted by falling `lengths`, as far as `plan` goes; else `lengths`."""
         sequences = [self.sequences[r.req_id] for r in requests]
+        first = self._catch_up(requests, plan is not None)
+        drafted = [first]
+        active = np.arange(len(requests))
+        rows_of_requests = [active]
+        newest, batch = first, None
         for step in range(1, lengths[0]):
-            active = sum(length > step for length in lengths)
-            if step == 1:
-                batch = self._decode_batch(requests[:active], sequences[:active], newest[:active])
+            going_on = active[[lengths[i] > step for i in active]]
+            if plan is not None:
+                plan.take(active, self._note_chances(requests, active, newest))
+                going_on = plan.going_on(going_on) if len(going_on) else going_on
+                if not len(going_on):
+                    break
+            stays = np.searchsorted(active, going_on)
+            token_ids = _rows(newest.token_ids, stays)
+            if batch is None:
+                batch = self._decode_batch([requests[i] for i in going_on], [sequences[i] for i in going_on], token_ids)
             else:
-                batch = _first_rows(batch, active)
-                batch.token_ids = newest[:active]
+                batch = _batch_rows(batch, stays)
+                batch.token_ids = token_ids
                 batch.max_seq_len += 1
                 batch.seq_lens_cpu = batch.seq_lens_cpu + 1
                 advance_decode(
                     batch.positions, batch.seq_lens, batch.slots, batch.block_table, self.model.pool.page_size
                 )
-            newest = self.model.forward(batch, batch.query_starts_cpu[1:] - 1)
+            active = going_on
+            newest = self.model.forward(batch, batch.query_starts_cpu[1:] - 1, plan is not None)
             self.counts["forwards"] += 1
             drafted.append(newest)
-        for sequence, length in zip(sequences, lengths, strict=True):
-            sequence.num_cached += length - 1
-        columns = torch.nn.utils.rnn.pad_sequence(drafted)  # [num_requests, max_length]
-        return columns.tolist()
+            rows_of_requests.append(active)
+        else:
+            if plan is not None:
+                self._note_chances(requests, active, newest)
+        drafts: list[list[int]] = [[] for _ in requests]
+        columns = pad_sequence([d.token_ids for d in drafted]).T.tolist()  # one copy to the host for all steps
+        for row, members in zip(columns, rows_of_requests, strict=True):
+            for token, i in zip(row, members, strict=False):
+                drafts[i].append(token)
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            # What the target has made of the newest token, with the whole video before it, will be better.
+            sequence.num_cached += -1 if self.model.copies else len(draft) - 1
+        return drafts
 
-    def _catch_up(self, requests: list[DraftRequest]) -> torch.Tensor:
-        """Put all tokens that are not cached yet into the cache; the first drafted tokens `[num_requests]`.
+    def _note_chances(self, requests: list[DraftRequest], active: np.ndarray, newest: Drafted) -> np.ndarray:
+        """Keep the confidences of the newest drafted tokens; the chances that these are accepted, `[num_active]`."""
+        assert newest.probs is not None
+        probs = newest.probs.tolist()
+        factors = np.empty(len(active))
+        for row, i in enumerate(active):
+            history = self._histories[requests[i].req_id]
+            history.confidences = [*history.confidences, probs[row]]
+            history.num_tokens = len(requests[i].token_ids)
+            factors[row] = history.factor
+        return np.clip(self.acceptance.chances(probs) * factors, 0, 1)
+
+    def _catch_up(self, requests: list[DraftRequest], with_probs: bool) -> Drafted:
+        """Put all tokens that are not cached yet into the cache; the first drafted tokens.
 
         One forward where the tokens fit into the model's batch, as they do unless long prompts arrive together.
         """
+        started = time.perf_counter()
+        sequences = [self.sequences[r.req_id] for r in requests]
+        is_prefill = any(s.num_cached < len(s.kept) - 1 for s in sequences)
+        if self.model.copies:
+            self._copy(requests, sequences)
         first = torch.empty(len(requests), dtype=torch.int64, device=self.model.device)
+        probs = torch.empty(len(requests), dtype=torch.float32, device=self.model.device) if with_probs else None
         waiting = list(range(len(requests)))
         while waiting:
             budget = self.model.max_batch_tokens
@@ -278,7 +435,7 @@ class Drafter:
                     parts.append((i, begin, end))
                     budget -= end - begin
             batch = self._ragged_batch(requests, parts)
-            tokens = self.model.forward(batch, batch.query_starts_cpu[1:] - 1)
+            found = self.model.forward(batch, batch.query_starts_cpu[1:] - 1, with_probs)
             self.counts["forwards"] += 1
             waiting = [i for i in waiting if i not in {part[0] for part in parts}]
             done: list[tuple[int, int]] = []  # row of the batch, request
@@ -294,8 +451,30 @@ class Drafter:
                     waiting.append(i)
             if done:
                 rows, targets = (torch.tensor(x, device=self.model.device) for x in zip(*done, strict=True))
-                first[targets] = tokens[rows]
-        return first
+                first[targets] = found.token_ids[rows]
+                if probs is not None and found.probs is not None:
+                    probs[targets] = found.probs[rows]
+        if is_prefill:
+            self.prefill_seconds += time.perf_counter() - started
+        return Drafted(first, probs)
+
+    def _copy(self, requests: list[DraftRequest], sequences: list[DraftSequence]) -> None:
+        """Take keys and values of all tokens but the newest from the target's cache."""
+        sources, slots = [], []
+        for request, sequence in zip(requests, sequences, strict=True):
+            end = len(request.token_ids) - sequence.num_hidden - 1
+            entries = np.arange(sequence.num_cached, end)
+            if not len(entries):
+                continue
+            assert request.target_slots is not None
+            kept = np.asarray(sequence.kept, dtype=np.int64)
+            in_prompt = entries < len(kept)
+            places = np.concatenate([kept[entries[in_prompt]], entries[~in_prompt] + sequence.num_hidden])
+            sources.append(request.target_slots(places))
+            slots.append(self._slots(sequence, entries))
+            sequence.num_cached = end
+        if sources:
+            self.model.copy(torch.from_numpy(np.concatenate(sources)), torch.from_numpy(np.concatenate(slots)))
 
     def _ragged_batch(self, requests: list[DraftRequest], parts: list[tuple[int, int, int]]) -> DraftBatch:
         token_ids, positions, slots, masks, visual = [], [], [], [], []
@@ -370,17 +549,24 @@ class Drafter:
         return torch.from_numpy(table).to(self.model.device)
 
 
-def _first_rows(batch: DraftBatch, count: int) -> DraftBatch:
-    """The first `count` requests of a batch with one token each."""
+def _rows(values: torch.Tensor, rows: np.ndarray, dim: int = 0) -> torch.Tensor:
+    """`rows` (ascending) of `values`; a view where they are the first ones."""
+    if rows[-1] == len(rows) - 1:
+        return values.narrow(dim, 0, len(rows))
+    return values.index_select(dim, torch.from_numpy(rows).to(values.device))
+
+
+def _batch_rows(batch: DraftBatch, rows: np.ndarray) -> DraftBatch:
+    """Requests `rows` (ascending) of a batch with one token each."""
     return DraftBatch(
-        token_ids=batch.token_ids[:count],
-        positions=batch.positions[:, :count],
-        slots=batch.slots[:count],
-        query_starts=batch.query_starts[: count + 1],
-        query_starts_cpu=batch.query_starts_cpu[: count + 1],
-        seq_lens=batch.seq_lens[:count],
-        seq_lens_cpu=batch.seq_lens_cpu[:count],
-        block_table=batch.block_table[:count],
+        token_ids=_rows(batch.token_ids, rows),
+        positions=_rows(batch.positions, rows, dim=1),
+        slots=_rows(batch.slots, rows),
+        query_starts=batch.query_starts[: len(rows) + 1],
+        query_starts_cpu=batch.query_starts_cpu[: len(rows) + 1],
+        seq_lens=_rows(batch.seq_lens, rows),
+        seq_lens_cpu=_rows(batch.seq_lens_cpu, rows),
+        block_table=_rows(batch.block_table, rows),
         max_query_len=1,
         max_seq_len=batch.max_seq_len,
     )

@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class KeptEmbeddings:
-    """What the drafter sees of one image or video that has `num_embeddings` embeddings in all.
+    """What the drafter may see of one image or video that has `num_embeddings` embeddings in all.
 
     `indices [num_kept]` (int64, on the host) count among the item's embeddings; `embeddings [num_kept, width]` are the
     drafter's own, where `width` is its hidden size or, with deepstack levels, a multiple of it.
@@ -19,6 +19,10 @@ class KeptEmbeddings:
     num_embeddings: int
     indices: torch.Tensor
     embeddings: torch.Tensor
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.indices) == self.num_embeddings
 
     @property
     def num_bytes(self) -> int:

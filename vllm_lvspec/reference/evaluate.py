@@ -23,7 +23,7 @@ from vllm_lvspec.bench.results import fact_figures, figures
 from vllm_lvspec.bench.run import Answer
 from vllm_lvspec.bench.samples import videofacts
 from vllm_lvspec.bench.videofacts.scene import SIDE
-from vllm_lvspec.draft.pruning import STRATEGIES, VisualGrid
+from vllm_lvspec.draft.pruning import STRATEGIES, VideoView, VisualGrid
 from vllm_lvspec.reference import PAIRS
 from vllm_lvspec.reference.families import FAMILIES, Family
 from vllm_lvspec.reference.tokenizer import ASSISTANT_TURN, USER_TURN
@@ -79,7 +79,7 @@ def main(
     for key, value, known in (
         ("family", family_name, FAMILIES),
         ("role", role, ("target", "draft")),
-        ("pruning", pruning, STRATEGIES),
+        ("pruning", pruning, [name for name, s in STRATEGIES.items() if s.looks_at == "grid"]),
     ):
         if value not in known:
             raise typer.BadParameter(f"{key}={value!r}: must be one of {', '.join(known)}")
@@ -90,7 +90,7 @@ def main(
     side = SIDE // SQUARE
     moments, num_visual = len(family.moments(family.VIDEO_FRAMES)), family.num_visual_tokens(family.VIDEO_FRAMES)
     grid = VisualGrid(moments, side, side, num_extra=num_visual - moments * side**2)
-    kept = STRATEGIES[pruning](grid, pruning_ratio) if pruning_ratio else torch.arange(num_visual)
+    kept = STRATEGIES[pruning].keep(VideoView(grid), pruning_ratio) if pruning_ratio else torch.arange(num_visual)
     asked = videofacts(samples, seed, num_frames=family.VIDEO_FRAMES)
     answers = []
     for sample in track(asked, description=f"{family_name} {role}"):

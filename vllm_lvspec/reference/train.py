@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vllm_lvspec.bench.videofacts.scene import DIRECTIONS, SIDE, Scene
 from vllm_lvspec.bench.videofacts.tasks import Task, image_task, make_task
-from vllm_lvspec.draft.pruning import VisualGrid
+from vllm_lvspec.draft.pruning import VideoView, VisualGrid
 from vllm_lvspec.draft.pruning.uniform import keep_uniform
 from vllm_lvspec.reference.families import FAMILIES, Family
 from vllm_lvspec.reference.tokenizer import ASSISTANT_TURN, USER_TURN, build_tokenizer
@@ -425,7 +425,7 @@ def _pruned_view(family: Family, step: int) -> torch.Tensor | None:
         count = max(1, round(num_visual * (1 - ratio)))
         return torch.from_numpy(rng.permutation(num_visual)[:count]).sort().values
     grid = VisualGrid(num_moments, SQUARES, SQUARES, num_extra=num_visual - num_moments * SQUARES**2)
-    return keep_uniform(grid, ratio)
+    return keep_uniform(VideoView(grid), ratio)
 
 
 def _learning_rate(peak: float, step: int, steps: int) -> float:

@@ -2,9 +2,9 @@
 
 import torch
 
-from vllm_lvspec.draft.pruning import VisualGrid
+from vllm_lvspec.draft.pruning import VideoView
 
 
-def keep_all(grid: VisualGrid, ratio: float) -> torch.Tensor:
+def keep_all(view: VideoView, ratio: float) -> torch.Tensor:
     """All indices `[num_tokens]`, int64; `ratio` does not matter."""
-    return torch.arange(grid.num_tokens)
+    return torch.arange(view.grid.num_tokens)

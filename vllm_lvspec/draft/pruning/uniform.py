@@ -4,25 +4,26 @@ import math
 
 import torch
 
-from vllm_lvspec.draft.pruning import VisualGrid
+from vllm_lvspec.draft.pruning import VideoView, budget
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-def keep_uniform(grid: VisualGrid, ratio: float) -> torch.Tensor:
-    """Sorted indices `[num_kept]`, int64, of `max(1, round((1 - ratio) * num_tokens))` tokens.
+def keep_uniform(view: VideoView, ratio: float) -> torch.Tensor:
+    """Sorted indices `[num_kept]`, int64, of the tokens that stay.
 
     Each moment gets its even share, and within a moment the kept tokens are evenly spaced. The phase moves on by the
     golden ratio from one moment to the next, so that over time every place is looked at, and no column twice running.
     Tokens without a place (a line-end marker) are kept when at least one in two tokens is.
     """
+    grid = view.grid
     per_moment = grid.height * grid.width
-    budget = max(1, round((1 - ratio) * grid.num_tokens))
-    extra = torch.arange(grid.time * per_moment, grid.num_tokens)
-    extra = extra if 2 * budget >= grid.num_tokens else extra[:0]
-    budget = max(budget - len(extra), 1)
+    total = budget(grid.num_tokens, ratio)
+    extra = torch.arange(grid.num_placed, grid.num_tokens)
+    extra = extra if 2 * total >= grid.num_tokens else extra[:0]
+    total = max(total - len(extra), 1)
     moments = torch.arange(grid.time)
-    ends = (moments + 1) * budget // grid.time
+    ends = (moments + 1) * total // grid.time
     counts = torch.diff(ends, prepend=torch.zeros(1, dtype=torch.long))
     kept = []
     for moment, count in enumerate(counts.tolist()):

@@ -1,0 +1,203 @@
+"""How far to draft: as long as another drafted token is worth its cost.
+
+A chain of K tokens speeds decoding up by `T / (1 + K c + o)`, so a drafted token pays where the chance that it will be
+accepted, over what it costs the drafter and the target, is above what a step yields on average. Chances come from the
+drafter's own confidence and from what became of earlier drafts, costs from a table that was measured at the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+# A confidence says as much about acceptance as its odds; bins are even in these.
+_LOG_ODDS = np.linspace(-4.0, 8.0, 13)
+# Accepted and judged tokens that each bin starts with, so that the first drafts are neither none nor all.
+_PRIOR_WEIGHT = 4.0
+# Beyond so many judged tokens a bin forgets the oldest: what is asked for changes with the day.
+_MEMORY = 512.0
+# What is left of what was learned after each step in which nothing is drafted because it would not pay.
+_FADING = 0.98
+# How many judged tokens of its own outweigh what is known of other requests.
+_REQUEST_WEIGHT = 16.0
+# No draft at all is preferred to one that promises less than this over it: what is not in the table (metadata, copies,
+# the longer way through the sampler) must be paid, too.
+LEAST_GAIN = 1.05
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of one forward over so many `rows` (ascending, tokens of all requests together), and more per token of
+    context that all requests' attention reads in it; `overhead`: of a step around its forwards."""
+
+    rows: Sequence[int]
+    target: Sequence[float]
+    draft: Sequence[float]
+    target_per_context: float = 0.0
+    draft_per_context: float = 0.0
+    overhead: float = 0.0
+
+    def of_target(self, rows: float | np.ndarray, context: float | np.ndarray = 0.0) -> Any:
+        return _interpolate(self.rows, self.target, rows) + self.target_per_context * context
+
+    def of_draft(self, rows: float | np.ndarray, context: float | np.ndarray = 0.0) -> Any:
+        return _interpolate(self.rows, self.draft, rows) + self.draft_per_context * context
+
+
+def smooth_costs(rows: Sequence[int], seconds: Sequence[float]) -> list[float]:
+    """The largest costs that never fall and rise ever more steeply with `rows`, and are nowhere above `seconds`.
+
+    Times rise in stairs (graphs and tiles come in sizes) and with noise. A stair's first row looks as if it cost all of
+    it, and whoever goes on row by row would stop before it; on a slope nobody does.
+    """
+    points: list[tuple[int, float]] = []
+    for point in zip(rows, np.minimum.accumulate(seconds[::-1])[::-1].tolist(), strict=True):
+        while len(points) > 1 and _slope(points[-2], points[-1]) >= _slope(points[-1], point):
+            points.pop()
+        points.append(point)
+    return np.interp(rows, [x for x, _ in points], [y for _, y in points]).tolist()
+
+
+def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
+
+
+def _interpolate(xs: Sequence[float], ys: Sequence[float], x: float | np.ndarray) -> Any:
+    """Between the points, and on in a line behind the last."""
+    slope = (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]) if len(xs) > 1 else ys[-1] / xs[-1]
+    return np.interp(x, xs, ys) + slope * np.maximum(np.subtract(x, xs[-1]), 0.0)
+
+
+@dataclass
+class RequestHistory:
+    """Judged drafts of one request: how many tokens were accepted, and how many were expected to be."""
+
+    accepted: float = 0.0
+    expected: float = 0.0
+    judged: float = 0.0
+    # Of the newest draft, which has not been judged: confidences, and how many tokens the request had then.
+    confidences: Sequence[float] = field(default_factory=list)
+    num_tokens: int = 0
+
+    @property
+    def factor(self) -> float:
+        """What other requests' chances are multiplied by."""
+        return (self.accepted + _REQUEST_WEIGHT) / (self.expected + _REQUEST_WEIGHT)
+
+    def fade(self) -> None:
+        """Go a little way back to where nothing is known of the request."""
+        self.accepted, self.expected = self.accepted * _FADING, self.expected * _FADING
+
+
+class Acceptance:
+    """How often drafted tokens of so much confidence were accepted where all before them were."""
+
+    def __init__(self) -> None:
+        self.judged = np.full(len(_LOG_ODDS) + 1, _PRIOR_WEIGHT)
+        middles = np.concatenate([[-5.0], (_LOG_ODDS[1:] + _LOG_ODDS[:-1]) / 2, [9.0]])
+        self.accepted = self.judged / (1 + np.exp(-middles))
+        self._prior = self.accepted.copy()
+
+    def chances(self, confidences: Sequence[float] | np.ndarray) -> np.ndarray:
+        """The share that was accepted, `[num_tokens]`, of tokens with these probabilities by the drafter."""
+        bins = _bins(confidences)
+        return self.accepted[bins] / self.judged[bins]
+
+    def mean(self) -> float:
+        """Of all tokens, by how often each confidence occurs."""
+        return float(self.accepted.sum() / self.judged.sum())
+
+    def fade(self) -> None:
+        """Go a little way back to the beginning: times may have changed."""
+        self.judged += (1 - _FADING) * (_PRIOR_WEIGHT - self.judged)
+        self.accepted += (1 - _FADING) * (self._prior - self.accepted)
+
+    def learn(self, history: RequestHistory, num_tokens: int, num_verified: int) -> None:
+        """Judge the request's newest draft, of which `num_verified` tokens were verified; it has `num_tokens` now."""
+        confidences = history.confidences[:num_verified]
+        # Every step emits one token more than it accepts.
+        num_accepted = min(max(num_tokens - history.num_tokens - 1, 0), len(confidences))
+        history.confidences = []
+        judged = confidences[: num_accepted + 1]  # nothing is known of those behind the first that was refused
+        if not judged:
+            return
+        bins = _bins(judged)
+        history.expected += float(self.chances(judged).sum())
+        history.accepted += num_accepted
+        history.judged += len(judged)
+        outcomes = np.arange(len(judged)) < num_accepted
+        np.add.at(self.judged, bins, 1.0)
+        np.add.at(self.accepted, bins, outcomes.astype(float))
+        full = self.judged > _MEMORY
+        self.accepted[full] *= _MEMORY / self.judged[full]
+        self.judged[full] = _MEMORY
+
+
+def _bins(confidences: Sequence[float] | np.ndarray) -> np.ndarray:
+    probs = np.clip(np.asarray(confidences, dtype=np.float64), 1e-9, 1 - 1e-9)
+    return np.searchsorted(_LOG_ODDS, np.log(probs) - np.log1p(-probs))
+
+
+class DraftPlan:
+    """One step's drafting for a batch: who drafts another token.
+
+    `rates [num_requests]`: each request's mean chance that a drafted token is accepted. `target_context`,
+    `draft_context [num_requests]`: tokens in the target's and the drafter's cache.
+    """
+
+    def __init__(
+        self,
+        costs: StepCosts,
+        rates: np.ndarray,
+        target_context: np.ndarray,
+        draft_context: np.ndarray,
+        max_length: int,
+    ):
+        self.costs = costs
+        self.rates = rates
+        self.draft_context = draft_context
+        self.max_length = max_length
+        self._target_context = float(target_context.sum())
+        self.survival = np.ones(len(rates))  # the chance that all that was drafted so far will be accepted
+        self.tokens = float(len(rates))  # expected from this step; each request gets one of the target's own
+        self.rows = float(len(rates))
+        self.cost = costs.overhead + costs.of_target(self.rows, self._target_context)
+
+    def is_worth_it(self) -> bool:
+        """Whether any length promises more tokens a second than no draft at all."""
+        num = len(self.rates)
+        alone = num / self.cost
+        tokens, drafting, best = float(num), 0.0, 0.0
+        survival = np.ones(num)
+        step = self.costs.of_draft(num, float(self.draft_context.sum()))
+        for length in range(1, self.max_length + 1):
+            survival *= self.rates
+            tokens += float(survival.sum())
+            drafting += step
+            verifying = self.costs.overhead + self.costs.of_target(num * (1 + length), self._target_context)
+            best = max(best, tokens / (drafting + verifying))
+        return best > LEAST_GAIN * alone
+
+    def take(self, requests: np.ndarray, chances: np.ndarray) -> None:
+        """Count one drafted token, accepted with `chances`, for each of `requests` (indices)."""
+        self.survival[requests] *= chances
+        self.tokens += float(self.survival[requests].sum())
+        self.cost += self.costs.of_draft(len(requests), self.draft_context[requests].sum())
+        self.cost += self.costs.of_target(self.rows + len(requests)) - self.costs.of_target(self.rows)
+        self.rows += len(requests)
+
+    def going_on(self, requests: np.ndarray) -> np.ndarray:
+        """Those of `requests` (indices, in their order) for whom another token raises the step's tokens a second."""
+        gains = self.survival[requests] * self.rates[requests]
+        order = np.argsort(-gains, kind="stable")
+        counts = np.arange(1, len(requests) + 1)
+        tokens = self.tokens + gains[order].cumsum()
+        drafting = self.costs.of_draft(counts, self.draft_context[requests[order]].cumsum())
+        verifying = self.costs.of_target(self.rows + counts) - self.costs.of_target(self.rows)
+        rates = tokens / (self.cost + drafting + verifying)
+        best = int(rates.argmax())
+        chosen = best + 1 if rates[best] > self.tokens / self.cost else 0
+        return requests[np.sort(order[:chosen])]
