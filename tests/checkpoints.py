@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -173,6 +175,40 @@ def llava_onevision(path: Path, seed: int = 0, vocab_size: int = VOCAB) -> str:
         video_token="<|video_pad|>",
     ).save_pretrained(path)
     return str(path)
+
+
+def save_in_int8(source: Path, folder: Path) -> str:
+    """`source` with the language model's linear layers in int8, a scale per row; inputs get theirs per token.
+
+    The format of llm-compressor's W8A8 recipes, and one of the few that vLLM has kernels for on CPUs.
+    """
+    shutil.copytree(source, folder)
+    tensors = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if ".layers." in name and name.endswith("proj.weight"):
+            scale = tensor.float().abs().amax(dim=1, keepdim=True) / 127
+            tensors[name] = (tensor.float() / scale).round().to(torch.int8)
+            tensors[name + "_scale"] = scale
+        else:
+            tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    int8 = {"num_bits": 8, "type": "int", "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**int8, "strategy": "channel", "dynamic": False},
+                "input_activations": {**int8, "strategy": "token", "dynamic": True},
+            }
+        },
+        "ignore": ["lm_head", "re:.*visual.*"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
 
 
 def text_only(path: Path) -> str:

@@ -15,6 +15,7 @@ from vllm_lvspec.verify.policies import POLICIES
 from vllm_lvspec.verify.sources import AnchorSource
 
 METHOD: Literal["lvspec"] = "lvspec"
+SELF = "self"  # the target as its own drafter
 MAX_SPECULATIVE_TOKENS = 128  # vLLM's rejection sampler takes no longer chains
 
 
@@ -35,10 +36,16 @@ class LVSpecConfig(BaseModel):
     model: str | None = Field(
         None,
         min_length=1,
-        description="the drafter: a folder or a name of the hub; by default the known partner of the target",
+        description="the drafter: a folder, a name of the hub, or self: the target's own weights on the pruned video; "
+        "by default the known partner of the target, else self",
     )
     num_speculative_tokens: int = Field(
         10, ge=1, le=MAX_SPECULATIVE_TOKENS, strict=True, description="K, the tokens drafted per step"
+    )
+    draft_length: Literal["fixed", "adaptive"] = Field(
+        "adaptive",
+        description="whether K tokens are always drafted, or as many of them as pay, by what was measured at the start "
+        "and how drafts have fared; under load none",
     )
     policy: Literal["strict", "fly", "lvspec", "random"] = Field(
         "lvspec",
@@ -80,6 +87,17 @@ class LVSpecConfig(BaseModel):
     pruning: str = Field("uniform", description="which tokens of a video the drafter sees")
     pruning_ratio: float = Field(
         0.9, ge=0, lt=1, allow_inf_nan=False, description="share of a video's tokens that the drafter does not see"
+    )
+    self_cache: Literal["copy", "compute"] = Field(
+        "copy",
+        description="where the drafter self has keys and values of what it sees from: the target's pages, or a forward "
+        "of its own",
+    )
+    draft_quantization: str | None = Field(
+        None,
+        min_length=1,
+        description="how the drafter's weights are quantised, a name that vLLM's --quantization takes, such as fp8; by "
+        "default what the drafter's checkpoint says",
     )
     draft_cache_gib: float | None = Field(
         None,

@@ -21,10 +21,12 @@ class Engine:
 
     def __init__(self, target: str, drafter: str | None, **options: Any):
         Engine.newest = self
-        self.has_drafter = drafter is not None
+        # As many drafted tokens in every step, so that what is asked of a test does not hang on how fast a machine is.
         settings: dict[str, Any] = {
-            "method": "lvspec", "model": drafter, "policy": "strict", **options.pop("lvspec", {}),
+            "method": "lvspec", "model": drafter, "policy": "strict", "draft_length": "fixed",
+            **options.pop("lvspec", {}),
         }  # fmt: skip
+        self.has_drafter = settings["model"] is not None
         # One process instead of three starts in a third of the time. The tests of the server and of tensor parallelism
         # run all processes.
         with pytest.MonkeyPatch.context() as patch:
@@ -90,7 +92,8 @@ class Engine:
 def engines(checkpoint: Callable[..., str]) -> Iterator[Callable[..., Engine]]:
     """`engines(family, drafter=seed or None, target=seed, **options)`: an engine; the last two stay up.
 
-    With `pair` it is the family's bundled pair, which answers at more length.
+    With `pair` it is the family's bundled pair, which answers at more length; with `lvspec={"model": "self"}` the
+    target drafts for itself.
     """
     running: dict[str, Engine] = {}
 

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import vllm.engine.arg_utils
+from checkpoints import save_in_int8
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_lvspec.config import LVSpecConfigError
 from vllm_lvspec.draft.pairs import default_draft_model
 from vllm_lvspec.engine.arguments import PROPOSER, lvspec_config
+from vllm_lvspec.engine.compatibility import draft_model_config, draft_vllm_config
 from vllm_lvspec.engine.versions import TESTED, installed_vllm, require_tested_vllm
 from vllm_lvspec.plugin import register
 
@@ -152,8 +154,17 @@ def refused(match: str, target: str, **options) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_target_without_a_known_drafter_asks_for_one(checkpoint):
-    refused("no drafter is known for target.*lvspec:PATH", checkpoint("qwen2_vl"))
+def test_a_target_without_a_known_drafter_drafts_for_itself(checkpoint):
+    args = EngineArgs(model=checkpoint("qwen2_vl"), dtype="float32", speculative_config="lvspec")
+    assert lvspec_config(config_of(args)).model == "self"
+
+
+def test_the_targets_own_weights_can_not_be_quantised_for_drafting_alone(pair):
+    refused(
+        "draft_quantization='fp8': the drafter self has the target's weights; must be unset, or model another drafter",
+        pair[0],
+        speculative_config={"method": "lvspec", "model": "self", "draft_quantization": "fp8"},
+    )
 
 
 def test_a_drafter_that_is_not_there_is_refused(pair):
@@ -204,6 +215,7 @@ def test_a_drafter_that_cuts_images_another_way_is_refused(checkpoint, pair):
         ({"ec_transfer_config": "connector"}, "ec_transfer_config"),
         ({"weight_transfer_config": {"backend": "nccl"}}, "weight_transfer_config"),
         ({"worker_cls": "some.Worker"}, "worker_cls='some.Worker'"),
+        ({"logits_processors": ["some.Processor"]}, "logits_processors=list: not supported.*must be None"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -215,6 +227,85 @@ def test_what_can_not_work_with_it_is_refused_by_name(option, match, pair):
     if option.get("ec_transfer_config"):
         option = {"ec_transfer_config": ECTransferConfig(ec_connector="ECExampleConnector", ec_role="ec_both")}
     refused(match, pair[0], **option)
+
+
+def test_a_server_that_would_not_check_requests_is_refused(pair, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    refused("VLLM_USE_RUST_FRONTEND=1: not supported.*must be 0", pair[0])
+
+
+def test_values_of_heads_that_no_rank_has_all_of_are_refused_as_anchors(pair):
+    refused(
+        "anchor_source='value': each of 2 ranks has other heads' values; must be hidden",
+        pair[0],
+        speculative_config={"method": "lvspec", "anchor_source": "value"},
+        tensor_parallel_size=2,
+    )
+
+
+def quantised(name: str, drafter: str) -> dict:
+    return {"method": "lvspec", "model": drafter, "draft_quantization": name}
+
+
+@pytest.fixture(scope="module")
+def int8_drafter(pair, tmp_path_factory) -> str:
+    return save_in_int8(Path(pair[1]), tmp_path_factory.mktemp("int8") / "draft")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "reason"),
+    [
+        ("nonsense", "float32", "Unknown quantization method: nonsense. Must be one of .*fp8"),
+        ("fp8", "float32", "torch.float32 is not supported"),
+        ("awq", "bfloat16", "Cannot find the config file for awq"),
+        ("compressed-tensors", "float32", "missing .* required positional argument"),
+        ("int8_per_channel_weight_only", "bfloat16", "for experts alone, and this drafter has none"),
+        ("experts_int8", "bfloat16", "for experts alone, and this drafter has none"),
+    ],
+)
+def test_a_drafter_that_can_not_be_quantised_so_is_refused(name, dtype, reason, pair):
+    refused(
+        f"draft_quantization='{name}': vLLM can't quantise the drafter '.*draft' so on .*{reason}.*; must be left "
+        "unset or be a method that quantises weights as they are loaded",
+        pair[0],
+        speculative_config=quantised(name, pair[1]),
+        dtype=dtype,
+    )
+
+
+def test_another_method_than_the_drafters_checkpoint_has_is_refused(pair, int8_drafter):
+    for name in ("fp8", "nonsense"):
+        refused(
+            f"draft_quantization='{name}'.*does not match.*must be left unset or be 'compressed-tensors', as its "
+            "checkpoint says",
+            pair[0],
+            speculative_config=quantised(name, int8_drafter),
+            dtype="bfloat16",
+        )
+
+
+def test_a_drafter_that_is_not_there_is_named_before_its_quantisation(pair):
+    refused(
+        "model='nobody/nothing': the drafter can't be read",
+        pair[0],
+        speculative_config=quantised("fp8", "nobody/nothing"),
+    )
+
+
+def test_target_and_drafter_are_quantised_each_in_its_own_way(pair, int8_drafter):
+    for target, drafter, name, of_target, of_drafter in (
+        (pair[0], pair[1], None, None, None),
+        (pair[0], int8_drafter, None, None, "compressed-tensors"),
+        (pair[0], int8_drafter, "compressed-tensors", None, "compressed-tensors"),
+        (pair[0], pair[1], "FP8_per_channel", None, "online"),
+        (int8_drafter, pair[1], None, "compressed-tensors", None),
+        (int8_drafter, pair[1], "fp8_per_channel", "compressed-tensors", "online"),
+    ):
+        args = EngineArgs(model=target, dtype="bfloat16", speculative_config=quantised(name, drafter))
+        theirs = config_of(args)
+        ours = draft_vllm_config(theirs, draft_model_config(theirs.model_config, lvspec_config(theirs)))
+        methods = [c.quant_config and c.quant_config.get_name() for c in (theirs, ours)]
+        assert methods == [of_target, of_drafter]
 
 
 def test_a_drafter_whose_heads_do_not_divide_is_refused(checkpoint, pair):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_lvspec.config import LVSpecConfig, LVSpecConfigError, names_lvspec
+from vllm_lvspec.config import SELF, LVSpecConfig, LVSpecConfigError, names_lvspec
 from vllm_lvspec.kernels.relevance import MAX_TOP_N
 from vllm_lvspec.verify.sources import AnchorSource
 
@@ -28,6 +28,19 @@ def test_the_word_means_all_defaults_and_a_colon_names_the_drafter():
     assert (defaults.policy, defaults.anchor_top_n) == ("lvspec", 10)
 
 
+def test_drafts_are_as_long_as_they_pay_and_the_drafter_self_copies_unless_it_is_said_otherwise():
+    defaults = LVSpecConfig()
+    assert (defaults.draft_length, defaults.self_cache) == ("adaptive", "copy")
+    assert defaults.model is None  # the partner of the target is known only with the target
+    written = {"method": "lvspec", "draft-length": "fixed", "self-cache": "compute"}
+    assert (LVSpecConfig.parse(written).draft_length, LVSpecConfig.parse(written).self_cache) == ("fixed", "compute")
+
+
+def test_the_drafter_self_is_named_in_either_way():
+    assert LVSpecConfig.parse("lvspec:self").model == LVSpecConfig.parse({"method": "lvspec", "model": "self"}).model
+    assert LVSpecConfig.parse("lvspec:self").model == SELF == "self"
+
+
 def test_dashes_in_keys_mean_underscores_as_elsewhere_in_vllm():
     assert LVSpecConfig.parse({"method": "lvspec", "num-speculative-tokens": 3}).num_speculative_tokens == 3
 
@@ -43,7 +56,16 @@ def test_dashes_in_keys_mean_underscores_as_elsewhere_in_vllm():
         ({"pruning_ratio": 1.0}, ["pruning_ratio=1.0", "less than 1"]),
         ({"pruning_ratio": -0.1}, ["pruning_ratio=-0.1", "greater than or equal to 0"]),
         ({"pruning_ratio": float("nan")}, ["pruning_ratio=NaN", "finite"]),
-        ({"pruning": "magic"}, ['pruning="magic"', "none, uniform"]),
+        (
+            {"pruning": "magic"},
+            ['pruning="magic"', "attention, none, random, redundancy, similarity, uniform"],
+        ),
+        ({"pruning": ["uniform"]}, ['pruning=["uniform"]', "valid string"]),
+        ({"draft_length": "short"}, ['draft_length="short"', "fixed", "adaptive"]),
+        ({"draft_length": 5}, ["draft_length=5", "fixed", "adaptive"]),
+        ({"draft_length": None}, ["draft_length=null", "fixed", "adaptive"]),
+        ({"self_cache": "share"}, ['self_cache="share"', "copy", "compute"]),
+        ({"self_cache": True}, ["self_cache=true", "copy", "compute"]),
         ({"policy": "loose"}, ['policy="loose"', "strict", "fly", "lvspec", "random"]),
         ({"policy": ["strict"]}, ['policy=["strict"]', "strict"]),
         ({"relaxation": 1.01}, ["relaxation=1.01", "less than or equal to 1"]),
@@ -82,6 +104,8 @@ def test_dashes_in_keys_mean_underscores_as_elsewhere_in_vllm():
         ({"fly_entropy": -0.1}, ["fly_entropy=-0.1", "greater than or equal to 0"]),
         ({"fly_entropy": float("inf")}, ["fly_entropy=Infinity", "finite"]),
         ({"model": ""}, ['model=""', "at least 1 character"]),
+        ({"draft_quantization": ""}, ['draft_quantization=""', "at least 1 character", "--quantization"]),
+        ({"draft_quantization": 8}, ["draft_quantization=8", "valid string"]),
         ({"draft_cache_gib": 0}, ["draft_cache_gib=0", "greater than 0"]),
         ({"embedding_cache_gib": float("inf")}, ["embedding_cache_gib=Infinity", "finite"]),
     ],
@@ -111,6 +135,10 @@ def parsed(**settings):
 @pytest.mark.parametrize(
     ("key", "values"),
     [
+        ("model", [None, "self", "a/b", "/self"]),
+        ("draft_length", ["fixed", "adaptive"]),
+        ("self_cache", ["copy", "compute"]),
+        ("pruning", ["none", "uniform", "random", "attention", "similarity", "redundancy"]),
         ("policy", ["strict", "fly", "lvspec", "random"]),
         ("relaxation", [0, 0.5, 1]),
         ("max_relaxation", [0.8, 1.0]),
@@ -121,6 +149,7 @@ def parsed(**settings):
         ("probability_floor", [0, 0.3, 1]),
         ("shift_window", [0, 128]),
         ("shift_direction", ["both", "back"]),
+        ("draft_quantization", [None, "fp8", "compressed-tensors"]),
         ("fly_window", [0, 6, 128]),
         ("fly_entropy", [0, 0.3, 5.0]),
     ],
@@ -197,7 +226,7 @@ def test_what_is_no_source_is_refused(text):
 
 def test_the_pages_name_every_setting_with_its_default():
     root = Path(__file__).parents[2]
-    pages = (root / "README.md").read_text() + (root / "docs" / "verification.md").read_text()
+    pages = "".join((root / page).read_text() for page in ("README.md", "docs/drafting.md", "docs/verification.md"))
     for name, field in LVSpecConfig.model_fields.items():
         default = list(field.default) if isinstance(field.default, tuple) else field.default
         shown = "" if default is None else json.dumps(default)

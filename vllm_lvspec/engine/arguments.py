@@ -19,7 +19,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_lvspec.config import METHOD, LVSpecConfig, LVSpecConfigError, names_lvspec
+from vllm_lvspec.config import METHOD, SELF, LVSpecConfig, LVSpecConfigError, names_lvspec
+from vllm_lvspec.draft.pairs import default_draft_model
 from vllm_lvspec.engine.versions import require_tested_vllm
 
 logger = init_logger("vllm.lvspec")
@@ -96,7 +97,7 @@ def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) ->
         if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
             raise LVSpecConfigError(f"device={current_platform.device_type!r}: lvspec runs on CPUs and on CUDA or ROCm")
         # Only now: in a vLLM that was not tested these imports might fail, in words that help nobody.
-        from vllm_lvspec.engine.compatibility import check_arguments, check_engine, resolve_drafter
+        from vllm_lvspec.engine.compatibility import check_arguments, check_engine
         from vllm_lvspec.engine.requests import checker_name, make_tool_calls_strict
 
         config = LVSpecConfig.parse(settings)
@@ -104,7 +105,7 @@ def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) ->
         if self.worker_cls not in ("auto", CPU_WORKER, GPU_WORKER):
             raise LVSpecConfigError(f"worker_cls={self.worker_cls!r}: lvspec brings its own worker; leave it unset")
         if config.model is None:
-            config = config.model_copy(update={"model": resolve_drafter(self.model)})
+            config = config.model_copy(update={"model": default_draft_model(self.model) or SELF})
         translated = {
             "speculative_config": {
                 "method": "custom_class",

@@ -7,32 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from vllm import envs
 from vllm.config import CompilationConfig, CompilationMode, ModelConfig, VllmConfig
 from vllm.config.utils import replace as replace_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.tokenizers.registry import get_tokenizer
 
-from vllm_lvspec.config import LVSpecConfig, LVSpecConfigError
-from vllm_lvspec.draft.pairs import KNOWN_PAIRS, default_draft_model
+from vllm_lvspec.config import SELF, LVSpecConfig, LVSpecConfigError
 from vllm_lvspec.verify.sources import AnchorSource
-
-
-def resolve_drafter(target: str) -> str:
-    """The known drafter of `target`; LVSpecConfigError where there is none."""
-    drafter = default_draft_model(target)
-    if drafter is None:
-        raise LVSpecConfigError(
-            f"model: no drafter is known for target {target!r}; name one with lvspec:PATH (known targets: "
-            f"{', '.join(KNOWN_PAIRS)})"
-        )
-    return drafter
 
 
 def draft_model_config(target: ModelConfig, config: LVSpecConfig) -> ModelConfig:
     """The drafter's ModelConfig: the target's tokenizer, dtype and multimodal settings, the drafter's own weights.
 
-    Raises LVSpecConfigError where the drafter can't be read.
+    Raises LVSpecConfigError where the drafter can't be read, or not be quantised as `config` says.
     """
     assert config.model is not None
     multimodal = target.get_multimodal_config()
@@ -48,6 +38,8 @@ def draft_model_config(target: ModelConfig, config: LVSpecConfig) -> ModelConfig
             allowed_local_media_path=target.allowed_local_media_path,
             allowed_media_domains=target.allowed_media_domains,
             dtype=target.dtype,
+            quantization=config.draft_quantization,
+            allow_deprecated_quantization=target.allow_deprecated_quantization,
             seed=target.seed,
             enforce_eager=True,
             mm_device_do_normalize=multimodal.mm_device_do_normalize,
@@ -58,10 +50,13 @@ def draft_model_config(target: ModelConfig, config: LVSpecConfig) -> ModelConfig
             generation_config="vllm",
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        if config.draft_quantization is not None:
+            # It is to blame if the drafter can be read without it; if not, this says what is.
+            plain = draft_model_config(target, config.model_copy(update={"draft_quantization": None}))
+            raise unfit_quantization(config, _reason(error), plain.quantization) from error
         raise LVSpecConfigError(
-            f"model={config.model!r}: the drafter can't be read ({reason}); must be a folder or a hub name of a "
-            "vision-language model that vLLM supports"
+            f"model={config.model!r}: the drafter can't be read ({_reason(error).splitlines()[0]}); must be a folder "
+            "or a hub name of a vision-language model that vLLM supports"
         ) from error
     draft.max_model_len = min(draft.max_model_len, target.max_model_len)
     return draft
@@ -94,8 +89,27 @@ def draft_vllm_config(vllm_config: VllmConfig, draft: ModelConfig) -> VllmConfig
             quant_config=None,
         )
     except ValueError as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(_reason(error).split())
         raise LVSpecConfigError(f"model={draft.model!r}: vLLM can't configure the drafter ({reason})") from error
+
+
+def _reason(error: Exception) -> str:
+    """What vLLM says, without the frame that pydantic puts around it."""
+    said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+    return said.removeprefix("Value error, ").strip() or type(error).__name__
+
+
+def unfit_quantization(config: LVSpecConfig, reason: str, own: str | None = None) -> LVSpecConfigError:
+    """What to say where `config`'s quantisation can't be.
+
+    `own`: the method of the drafter's checkpoint, where it is another one.
+    """
+    right = "a method that quantises weights as they are loaded and that this device has kernels for, such as "
+    right = f"{own!r}, as its checkpoint says" if own is not None else right + "fp8_per_channel in bfloat16"
+    return LVSpecConfigError(
+        f"draft_quantization={config.draft_quantization!r}: vLLM can't quantise the drafter {config.model!r} so on "
+        f"{current_platform.device_type} ({' '.join(reason.split())}); must be left unset or be {right}"
+    )
 
 
 # Arguments of vLLM that lvspec has no support for, and the values that are fine.
@@ -145,6 +159,19 @@ def check_engine(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
     )
     _require(not target.is_encoder_decoder, f"model={target.model!r}: encoder-decoder targets are not supported")
     _require(not target.is_hybrid, f"model={target.model!r}: targets with recurrent layers are not supported")
+    if config.model == SELF:
+        _require(
+            config.draft_quantization is None,
+            f"draft_quantization={config.draft_quantization!r}: the drafter self has the target's weights; must be "
+            "unset, or model another drafter",
+        )
+    else:
+        _check_drafter(vllm_config, config)
+    _check_source(vllm_config, config)
+
+
+def _check_drafter(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
+    target = vllm_config.model_config
     draft = draft_model_config(target, config)
     _require(
         draft.is_multimodal_model,
@@ -154,8 +181,8 @@ def check_engine(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
     _check_tokenizer(target, config)
     _check_vision(target, draft)
     _check_heads(vllm_config, draft)
+    _check_quantization(vllm_config, draft, config)
     draft_vllm_config(vllm_config, draft)
-    _check_source(vllm_config, config)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -211,6 +238,19 @@ def _check_heads(vllm_config: VllmConfig, draft: ModelConfig) -> None:
             f"tensor_parallel_size={size}: the drafter {draft.model!r} has {name}={heads}, which {size} ranks can't "
             f"share; must be a divisor of {heads}",
         )
+
+
+def _check_quantization(vllm_config: VllmConfig, draft: ModelConfig, config: LVSpecConfig) -> None:
+    if config.draft_quantization is None:
+        return
+    try:
+        quantization = VllmConfig.get_quantization_config(draft, vllm_config.load_config)
+    except Exception as error:  # each method fails in a way of its own
+        raise unfit_quantization(config, _reason(error)) from error
+    spec = getattr(quantization, "args", None)  # of methods that quantise weights as they are loaded
+    is_for_experts = draft.quantization == "experts_int8" or (spec is not None and not (spec.linear or spec.targets))
+    if is_for_experts and not draft.is_moe:
+        raise unfit_quantization(config, "it is for experts alone, and this drafter has none")
 
 
 def _check_source(vllm_config: VllmConfig, config: LVSpecConfig) -> None:

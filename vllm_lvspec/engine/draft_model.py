@@ -6,12 +6,17 @@ plans no KV cache for them.
 
 from __future__ import annotations
 
+import copy
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.models.interfaces import supports_mrope
@@ -25,10 +30,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 from vllm.v1.worker.utils import AttentionGroup, allocate_kv_cache, bind_kv_cache_to_layers, prepare_kernel_block_sizes
 
 from vllm_lvspec.config import LVSpecConfig, LVSpecConfigError
-from vllm_lvspec.draft.drafter import DraftBatch
+from vllm_lvspec.draft.drafter import DraftBatch, Drafted
 from vllm_lvspec.draft.pages import PagePool
-from vllm_lvspec.engine.compatibility import draft_model_config, draft_vllm_config
+from vllm_lvspec.engine.compatibility import draft_model_config, draft_vllm_config, unfit_quantization
+from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
 from vllm_lvspec.kernels.advance_decode import advance_decode
+
+logger = init_logger("vllm.lvspec")
 
 DEFAULT_CACHE_GIB = 4.0
 DEFAULT_CACHE_SHARE = 0.1  # of the device's memory
@@ -45,27 +53,46 @@ class PromptView:
 class VLLMDraftModel:
     """The drafter's model in vLLM's clothes; implements `vllm_lvspec.draft.drafter.DraftModel`."""
 
+    copies = False
+    model: Any
+
     def __init__(self, vllm_config: VllmConfig, config: LVSpecConfig, device: torch.device):
-        self.device = device
         model_config = draft_model_config(vllm_config.model_config, config)
-        self.vllm_config = draft_vllm_config(vllm_config, model_config)
+        self._prepare(draft_vllm_config(vllm_config, model_config), vllm_config.model_config, device)
+        try:
+            self.model = get_model(vllm_config=self.vllm_config)
+        except (NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
+            if config.draft_quantization is None:
+                raise
+            # Whether a device has kernels for it, vLLM finds out when it quantises a layer.
+            raise unfit_quantization(config, str(error)) from error
+        self.uses_mrope = supports_mrope(self.model) and model_config.uses_mrope
+        self._allocate_cache(config)
+        bind_kv_cache_to_layers(self.caches, self.vllm_config.compilation_config.static_forward_context)
+
+    def _prepare(self, vllm_config: VllmConfig, target: ModelConfig, device: torch.device) -> None:
+        self.device = device
+        self.vllm_config = vllm_config
+        model_config = vllm_config.model_config
         self.max_model_len = model_config.max_model_len
         self.max_batch_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.vocab_size = model_config.get_vocab_size()
-        self.shared_vocab_size = min(vllm_config.model_config.get_vocab_size(), self.vocab_size)
-        self.model = get_model(vllm_config=self.vllm_config)
-        self.uses_mrope = supports_mrope(self.model) and model_config.uses_mrope
+        self.shared_vocab_size = min(target.get_vocab_size(), self.vocab_size)
         self._pin_memory = device.type == "cuda"
-        self._allocate_cache(config)
+
+    @property
+    def num_weight_bytes(self) -> int:
+        """What its weights take beside the target's."""
+        return sum(p.nbytes for p in self.model.parameters())
 
     # The cache ----------------------------------------------------------------------------------------------------
 
+    def _attention_layers(self) -> dict[str, Any]:
+        context = self.vllm_config.compilation_config.static_forward_context
+        return {name: layer for name, layer in context.items() if isinstance(layer, AttentionLayerBase)}
+
     def _allocate_cache(self, config: LVSpecConfig) -> None:
-        layers = {
-            name: layer
-            for name, layer in self.vllm_config.compilation_config.static_forward_context.items()
-            if isinstance(layer, AttentionLayerBase)
-        }
+        layers = self._attention_layers()
         specs = {name: layer.get_kv_cache_spec(self.vllm_config) for name, layer in layers.items()}
         specs = {name: spec for name, spec in specs.items() if spec is not None}
         distinct = set(specs.values())
@@ -84,8 +111,8 @@ class VLLMDraftModel:
         self.group = AttentionGroup(backend=backend, layer_names=names, kv_cache_spec=spec, kv_cache_group_id=0)
         kernel_sizes = prepare_kernel_block_sizes(kv_config, [[self.group]])
         self.group.create_metadata_builders(self.vllm_config, self.device, kernel_block_size=kernel_sizes[0])
-        caches = allocate_kv_cache(kv_config, self.device, cache_config.get_resolved_kv_cache_layout(), kernel_sizes)
-        bind_kv_cache_to_layers(caches, self.vllm_config.compilation_config.static_forward_context)
+        layout = cache_config.get_resolved_kv_cache_layout()
+        self.caches = allocate_kv_cache(kv_config, self.device, layout, kernel_sizes)
         # Kernel blocks are the pages: block tables and slots then need no translation.
         pages_per_block = spec.block_size // kernel_sizes[0]
         self.pool = PagePool(kv_config.num_blocks * pages_per_block, kernel_sizes[0])
@@ -123,7 +150,7 @@ class VLLMDraftModel:
         # vLLM's LLaVA-OneVision may give a video a leading dimension of one.
         return embeddings.flatten(0, -2)
 
-    def forward(self, batch: DraftBatch, logits_rows: torch.Tensor) -> torch.Tensor:
+    def forward(self, batch: DraftBatch, logits_rows: torch.Tensor, with_probs: bool = False) -> Drafted:
         num_tokens = len(batch.token_ids)
         common = CommonAttentionMetadata(
             query_start_loc=batch.query_starts,
@@ -154,8 +181,46 @@ class VLLMDraftModel:
             positions = batch.positions if self.uses_mrope else batch.positions[0]
             hidden = self.model(input_ids=None, positions=positions, inputs_embeds=embeds)
         rows = logits_rows.to(self.device, torch.long)
-        logits = self.model.compute_logits(hidden[rows])
-        return logits[:, : self.shared_vocab_size].argmax(dim=-1)
+        logits = self.model.compute_logits(hidden[rows])[:, : self.shared_vocab_size]
+        best, token_ids = logits.max(dim=-1)
+        if not with_probs:
+            return Drafted(token_ids, None)
+        # How far is drafted follows from them, so they must be the same on all ranks, to the last bit.
+        probs = (best.float() - logits.float().logsumexp(dim=-1)).exp()
+        return Drafted(token_ids, get_tp_group().broadcast(probs, src=0))
+
+    def copy(self, target_slots: torch.Tensor, slots: torch.Tensor) -> None:
+        raise NotImplementedError("another model's keys and values mean nothing to this one")
+
+    def decode_seconds(self, num_rows: int, context: int) -> float:
+        """What a forward over so many requests' next tokens takes, each with `context` tokens in the cache."""
+        batch = self.decode_batch(num_rows, context)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        started = time.perf_counter()
+        self.forward(batch, batch.query_starts_cpu[1:] - 1, with_probs=True).token_ids.tolist()
+        return time.perf_counter() - started
+
+    def decode_batch(self, num_rows: int, context: int) -> DraftBatch:
+        """`num_rows` requests of `context` tokens that decode one more: a batch to measure with, of no meaning."""
+        last = torch.full((num_rows,), context, dtype=torch.int64)
+        pages = -(-(context + 1) // self.pool.page_size)
+        table = torch.arange(pages, dtype=torch.int32).clamp(max=self.pool.num_pages - 1).repeat(num_rows, 1)
+        slots = table[:, -1].long() * self.pool.page_size + context % self.pool.page_size
+        starts = torch.arange(num_rows + 1, dtype=torch.int32)
+        lens = (last + 1).int()
+        return DraftBatch(
+            token_ids=torch.zeros(num_rows, dtype=torch.int64, device=self.device),
+            positions=last.repeat(3, 1).to(self.device),
+            slots=slots.to(self.device),
+            query_starts=starts.to(self.device),
+            query_starts_cpu=starts,
+            seq_lens=lens.to(self.device),
+            seq_lens_cpu=lens,
+            block_table=table.to(self.device),
+            max_query_len=1,
+            max_seq_len=context + 1,
+        )
 
     def profile(self) -> None:
         """Run the largest forward once, so that vLLM's memory profile has seen the drafter's activations."""
@@ -184,6 +249,64 @@ class VLLMDraftModel:
         # Compiles the kernel here and not under the first request; the last entry's page is at hand.
         last, slots = batch.seq_lens - 1, torch.zeros_like(batch.seq_lens, dtype=torch.int64)
         advance_decode(batch.positions[:, :rows].contiguous(), last, slots, batch.block_table, self.pool.page_size)
+
+
+class SelfDraftModel(VLLMDraftModel):
+    """The target as its own drafter: its weights, and a KV cache of its own over the pruned video.
+
+    `copies`: keys and values of what it sees are copied from the target's pages (Sparse-to-Dense, arXiv 2505.19155),
+    which have read the whole video; else they are computed again from the kept tokens.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        config: LVSpecConfig,
+        device: torch.device,
+        target: Any,
+        encoder_cache: Mapping[str, torch.Tensor],
+    ):
+        # The target's layers, but a KV cache configuration that vLLM does not see.
+        own = copy.copy(vllm_config)
+        own.cache_config = copy.copy(vllm_config.cache_config)
+        own.cache_config.kv_cache_layout = own.cache_config.num_gpu_blocks_override = None
+        self._prepare(own, vllm_config.model_config, device)
+        self.model = target
+        self.uses_mrope = supports_mrope(target) and vllm_config.model_config.uses_mrope
+        self._encoder_cache = encoder_cache
+        self._allocate_cache(config)
+        self._layers = {name: layer for name, layer in self._attention_layers().items() if name in self.caches}
+        if config.self_cache == "copy":
+            name, cache = next(iter(self.caches.items()))
+            try:
+                self.layout = KVLayout(self._layers[name], self.group.kv_cache_spec, cache)
+                self.copies = True
+            except UnknownLayoutError as error:
+                logger.warning_once("lvspec: self_cache=copy: %s; what is kept is computed again.", str(error))
+
+    @property
+    def num_weight_bytes(self) -> int:
+        return 0
+
+    def encode(self, payload: MultiModalFeatureSpec) -> torch.Tensor:
+        # The target has just encoded it, unless a prefix hit has spared it that.
+        known = self._encoder_cache.get(payload.identifier)
+        return super().encode(payload) if known is None else known.flatten(0, -2).clone()
+
+    def forward(self, batch: DraftBatch, logits_rows: torch.Tensor, with_probs: bool = False) -> Drafted:
+        target_caches = {name: layer.kv_cache for name, layer in self._layers.items()}
+        try:
+            for name, layer in self._layers.items():
+                layer.bind_kv_cache(self.caches[name])
+            return super().forward(batch, logits_rows, with_probs)
+        finally:
+            for name, cache in target_caches.items():
+                self._layers[name].kv_cache = cache
+
+    def copy(self, target_slots: torch.Tensor, slots: torch.Tensor) -> None:
+        sources = [layer.kv_cache for layer in self._layers.values()]
+        destinations = [self.caches[name] for name in self._layers]
+        self.layout.copy(sources, destinations, target_slots.to(self.device), slots.to(self.device))
 
 
 def _least_of_ranks(value: int) -> int:

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.utils.mem_constants import GiB_bytes
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
+from vllm_lvspec.config import SELF
 from vllm_lvspec.draft.drafter import Drafter, DraftRequest, VisualItem
+from vllm_lvspec.draft.length import StepCosts, smooth_costs
 from vllm_lvspec.draft.pruning import STRATEGIES, VisualGrid
 from vllm_lvspec.engine.arguments import lvspec_config
-from vllm_lvspec.engine.draft_model import PromptView, VLLMDraftModel
+from vllm_lvspec.engine.draft_model import PromptView, SelfDraftModel, VLLMDraftModel
 
 logger = init_logger("vllm.lvspec")
 
+STEPS_MEASURED = 16  # for what a step takes beside forwards
+NUM_MEASURED = 6  # times that a forward is timed
+CONTEXT_MEASURED = 4096  # tokens in the cache, at most, for what they cost
+SLOW_ENOUGH = 2.0  # seconds of a forward behind which more rows are not measured
+NUM_GRIDS = 4096  # of videos that were seen
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
@@ -34,16 +47,30 @@ class LVSpecProposer:
         self.drafter: Drafter | None = None
         self._step: tuple[SchedulerOutput, Sequence[str], Mapping[str, CachedRequestState]] | None = None
         self._items: dict[str, tuple[int, list[VisualItem]]] = {}
+        self._grids: OrderedDict[str, VisualGrid] = OrderedDict()
+        self.block_table: BlockTable | None = None
+        self._overheads: list[float] = []
+
+    def connect(
+        self, encoder_cache: Mapping[str, torch.Tensor], scores: Callable[[str], Sequence[torch.Tensor | None]]
+    ) -> None:
+        """What the runner has, before a model is loaded: the target's visual embeddings, and its scores by request."""
+        self._encoder_cache = encoder_cache
+        self._scores = scores
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Build the drafter and its cache; called before vLLM sizes its own cache."""
         device = next(target_model.parameters()).device
-        model = VLLMDraftModel(self.vllm_config, self.config, device)
-        weights = sum(p.nbytes for p in model.model.parameters())
+        if self.config.model == SELF:
+            model: VLLMDraftModel = SelfDraftModel(
+                self.vllm_config, self.config, device, target_model, self._encoder_cache
+            )
+        else:
+            model = VLLMDraftModel(self.vllm_config, self.config, device)
         logger.info_once(
             "lvspec: drafter loaded: %.3f GiB of weights, KV cache of %.3f GiB = %d tokens, visual embeddings up to "
             "%.2f GiB (per rank).",
-            weights / GiB_bytes,
+            model.num_weight_bytes / GiB_bytes,
             model.cache_bytes / GiB_bytes,
             model.pool.num_pages * model.pool.page_size,
             self.config.embedding_cache_gib,
@@ -53,6 +80,7 @@ class LVSpecProposer:
             STRATEGIES[self.config.pruning],
             self.config.pruning_ratio,
             int(self.config.embedding_cache_gib * GiB_bytes),
+            self._scores,
         )
 
     @contextmanager
@@ -71,6 +99,56 @@ class LVSpecProposer:
         assert self.drafter is not None
         self.drafter.model.profile()
 
+    def measure_costs(self, target_seconds: Callable[[int, int], float], num_rows: Sequence[int]) -> None:
+        """Time forwards over `num_rows` (ascending) tokens; all ranks then go by the first rank's clock.
+
+        `target_seconds(num_rows, context)`: what the target takes for so many tokens of as many requests, each with so
+        many in its cache.
+        """
+        assert self.drafter is not None
+        model = self.drafter.model
+        assert isinstance(model, VLLMDraftModel)
+        most = self.vllm_config.scheduler_config.max_num_seqs
+        context = min(CONTEXT_MEASURED, model.max_model_len - 1, model.pool.num_pages * model.pool.page_size - 1)
+        rows: list[int] = []
+        target: list[float] = []
+        draft: list[float] = []
+        for count in num_rows:
+            rows.append(count)
+            target.append(_fastest(target_seconds, count, 1))
+            # More rows than requests are none that it ever decodes.
+            draft.append(_fastest(model.decode_seconds, min(count, most), 1))
+            if get_tp_group().broadcast_object(target[-1] > SLOW_ENOUGH, src=0):
+                break
+        target, draft = smooth_costs(rows, target), smooth_costs(rows, draft)
+        per_context = [
+            max(0.0, _fastest(seconds, 1, context) - short) / context
+            for seconds, short in ((target_seconds, target[0]), (model.decode_seconds, draft[0]))
+        ]
+        self.drafter.costs = get_tp_group().broadcast_object(StepCosts(rows, target, draft, *per_context), src=0)
+        logger.info_once(
+            "lvspec: draft_length=adaptive: a drafted token costs the drafter %.3f of a step of the target; %d rows "
+            "cost the target %.2f times one.",
+            draft[0] / target[0],
+            rows[-1],
+            target[-1] / target[0],
+        )
+
+    def note_step(self, seconds: float, num_rows: int, context: int) -> None:
+        """A step with nothing to prefill took `seconds` without its drafting, from its start to that of the next.
+
+        From the first such steps follows what a step takes beside forwards; the tables are left alone after that.
+        """
+        assert self.drafter is not None
+        costs = self.drafter.costs
+        if costs is None or len(self._overheads) == STEPS_MEASURED:
+            return
+        self._overheads.append(seconds - costs.of_target(num_rows, context))
+        if len(self._overheads) == STEPS_MEASURED:
+            # A low one: in between there may have been nothing to do.
+            overhead = max(0.0, sorted(self._overheads)[STEPS_MEASURED // 4])
+            self.drafter.costs = replace(costs, overhead=get_tp_group().broadcast_object(overhead, src=0))
+
     def release(self, req_id: str) -> None:
         """Forget a request that has finished, was aborted or preempted."""
         self._items.pop(req_id, None)
@@ -78,10 +156,15 @@ class LVSpecProposer:
             self.drafter.release(req_id)
 
     def begin_step(
-        self, scheduler_output: SchedulerOutput, req_ids: Sequence[str], requests: Mapping[str, CachedRequestState]
+        self,
+        scheduler_output: SchedulerOutput,
+        req_ids: Sequence[str],
+        requests: Mapping[str, CachedRequestState],
+        block_table: BlockTable,
     ) -> None:
         """What `propose`, whose arguments vLLM fixes, needs to know of this step."""
         self._step = (scheduler_output, req_ids, requests)
+        self.block_table = block_table
 
     def propose(
         self,
@@ -101,7 +184,8 @@ class LVSpecProposer:
             state = states[req_id]
             token_ids = token_ids_cpu[i, : num_tokens_no_spec[i]]
             indices.append(i)
-            batch.append(self._request(state, token_ids))
+            num_verified = len(scheduler_output.scheduled_spec_decode_tokens.get(req_id, ()))
+            batch.append(self._request(state, token_ids, num_verified, i))
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         for i, draft in zip(
             indices, self.drafter.propose(batch, scheduler_output.num_spec_tokens_to_schedule), strict=True
@@ -109,12 +193,12 @@ class LVSpecProposer:
             drafts[i] = draft
         return drafts
 
-    def _request(self, state: CachedRequestState, token_ids: np.ndarray) -> DraftRequest:
+    def _request(self, state: CachedRequestState, token_ids: np.ndarray, num_verified: int, row: int) -> DraftRequest:
         assert state.prompt_token_ids is not None and state.sampling_params is not None
         num_prompt_tokens = len(state.prompt_token_ids)
         known = self._items.get(state.req_id)
         if known is None or known[0] != num_prompt_tokens:
-            known = (num_prompt_tokens, [visual_item(f) for f in state.mm_features])
+            known = (num_prompt_tokens, [self._visual_item(f) for f in state.mm_features])
             self._items[state.req_id] = known
         max_tokens = state.sampling_params.max_tokens or self.vllm_config.model_config.max_model_len
         left = min(
@@ -128,7 +212,26 @@ class LVSpecProposer:
             items=known[1],
             prompt=PromptView(state.prompt_token_ids, state.mm_features),
             max_draft_tokens=left - 1,  # the last one is the target's
+            num_verified=num_verified,
+            target_slots=functools.partial(self._target_slots, row),
         )
+
+    def _target_slots(self, row: int, places: np.ndarray) -> np.ndarray:
+        """Slots of the target's KV cache that hold the tokens at `places` of the batch's request `row`."""
+        assert self.block_table is not None
+        size = self.block_table.block_size
+        blocks = self.block_table.get_numpy_array()[row].astype(np.int64)
+        return blocks[places // size] * size + places % size
+
+    def _visual_item(self, feature: MultiModalFeatureSpec) -> VisualItem:
+        """The drafter's view of one of vLLM's multimodal features; of stripped ones the grid is remembered."""
+        item = visual_item(feature)
+        if item.payload is not None:
+            self._grids[item.identifier] = item.grid
+            if len(self._grids) > NUM_GRIDS:
+                self._grids.popitem(last=False)
+        grid = self._grids.get(item.identifier, item.grid)
+        return replace(item, grid=grid) if grid.num_tokens == len(item.rows) else item
 
     def stats(self) -> dict[str, int]:
         """Counts since the start, and what the caches hold."""
@@ -142,6 +245,11 @@ class LVSpecProposer:
             "embedding_items": len(self.drafter.embeddings),
             "embedding_bytes": self.drafter.embeddings.num_bytes,
         }
+
+
+def _fastest(seconds: Callable[[int, int], float], num_rows: int, context: int) -> float:
+    """Of a few times, the least: whatever else the machine does only adds to it."""
+    return min(seconds(num_rows, context) for _ in range(NUM_MEASURED))
 
 
 def embedded_rows(feature: MultiModalFeatureSpec) -> np.ndarray:
@@ -163,6 +271,7 @@ def visual_item(feature: MultiModalFeatureSpec) -> VisualItem:
         grid=_grid(feature, len(rows)),
         rows=rows,
         payload=feature if has_pixels else None,
+        seed=zlib.crc32(feature.identifier.encode()),
     )
 
 

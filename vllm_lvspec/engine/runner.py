@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_lvspec.engine.proposer import LVSpecProposer
 from vllm_lvspec.engine.sampler import LVSpecRejectionSampler
+from vllm_lvspec.engine.scoring import PromptScores
 from vllm_lvspec.engine.verification import Verification
 
 
@@ -24,12 +25,15 @@ class StepTimes:
     """Seconds over steps in which nothing was prefilled: forward with verification, and drafting.
 
     `verify_seconds` are part of the first: what verification does beyond vLLM's own test. On a GPU they are the host's.
+    `requests` are those of all these steps, `drafted_tokens` their drafts.
     """
 
     steps: int = 0
     target_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
+    requests: int = 0
+    drafted_tokens: int = 0
 
 
 class LVSpecGPUModelRunner(GPUModelRunner):
@@ -41,10 +45,14 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         super().__init__(*args, **kwargs)
         self.step_times = StepTimes()
         self._step_started: float | None = None
+        # Of a step with nothing to prefill: its start, moved on by its drafting's time, its rows, tokens of context.
+        self._last_step: tuple[float, int, int] | None = None
         self.verification = Verification(self)
         self.rejection_sampler = LVSpecRejectionSampler(
             self.sampler, self.speculative_config, self.device, self.verification
         )
+        self.scores = PromptScores(self, self.verification)
+        self.drafter.connect(self.encoder_cache, self.scores.of)
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         # vLLM asks this of the whole batch; the drafter limits each request by itself, so that one request near its
@@ -55,11 +63,13 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         super()._on_request_state_removed(req_id, req_state)
         self.drafter.release(req_id)
         self.verification.release(req_id)
+        self.scores.release(req_id)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         for req_id in scheduler_output.preempted_req_ids or ():
             self.drafter.release(req_id)
             self.verification.preempt(req_id)
+            self.scores.release(req_id)
         return super()._update_states(scheduler_output)
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
@@ -73,12 +83,16 @@ class LVSpecGPUModelRunner(GPUModelRunner):
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         self.verification.begin_forward(kwargs.get("inputs_embeds"))
-        return super()._model_forward(*args, **kwargs)
+        self.scores.begin_forward()
+        result = super()._model_forward(*args, **kwargs)
+        self.scores.end_forward()
+        return result
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         self.verification.seconds = 0.0
         if (state := self.execute_model_state) is not None:
             self.verification.begin_step(state.scheduler_output, state.hidden_states, state.aux_hidden_states)
+            self.scores.add_similarity()
         return super().sample_tokens(grammar_output)
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
@@ -91,11 +105,21 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         only_decodes = all(
             count == 1 + len(drafted.get(req_id, ())) for req_id, count in scheduler_output.num_scheduled_tokens.items()
         )
-        self._step_started = time.perf_counter() if only_decodes else None
-        return super().execute_model(scheduler_output, *args, **kwargs)
+        started = time.perf_counter()
+        if only_decodes and self._last_step is not None:
+            self.drafter.note_step(started - self._last_step[0], *self._last_step[1:])
+        self._last_step = None
+        self._step_started = started if only_decodes else None
+        self.scores.begin_step(scheduler_output)
+        try:
+            return super().execute_model(scheduler_output, *args, **kwargs)
+        finally:
+            self.scores.begin_step(None)
 
     def propose_draft_token_ids(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
-        self.drafter.begin_step(scheduler_output, self.input_batch.req_ids, self.requests)
+        self.drafter.begin_step(
+            scheduler_output, self.input_batch.req_ids, self.requests, self.input_batch.block_table[0]
+        )
         # The sampled tokens are on the host by now, and drafted ones will be, so the host's clock sees both parts.
         before = time.perf_counter()
         drafts = super().propose_draft_token_ids(scheduler_output, *args, **kwargs)
@@ -103,7 +127,12 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             self.step_times.steps += 1
             self.step_times.target_seconds += before - self._step_started
             self.step_times.verify_seconds += self.verification.seconds
-            self.step_times.draft_seconds += time.perf_counter() - before
+            seconds = time.perf_counter() - before
+            self.step_times.draft_seconds += seconds
+            context = int(self.input_batch.num_tokens_no_spec[: self.input_batch.num_reqs].sum())
+            self._last_step = self._step_started + seconds, scheduler_output.total_num_scheduled_tokens, context
+            self.step_times.requests += len(drafts)
+            self.step_times.drafted_tokens += sum(len(draft) for draft in drafts)
         return drafts
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -120,8 +149,27 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
         if not is_profiling:
             self.verification.allocate(self.kv_cache_config)
+            self.scores.allocate(self.kv_cache_config)
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
         with self.drafter.reserved():
             super().profile_run(*args, **kwargs)
             self.drafter.profile()
+
+    def measure_costs(self) -> None:
+        """Time forwards of target and drafter, so that the drafter knows what another token costs."""
+        if self.drafter.config.draft_length == "adaptive":
+            self.drafter.measure_costs(self._target_seconds, self._num_rows_measured())
+
+    def _num_rows_measured(self) -> list[int]:
+        chains = self.scheduler_config.max_num_seqs * (1 + self.num_spec_tokens)
+        most = min(chains, self.scheduler_config.max_num_batched_tokens)
+        return sorted({most, *(1 << i for i in range(most.bit_length()))})
+
+    def _target_seconds(self, num_rows: int, context: int) -> float:
+        self._sync_device()
+        started = time.perf_counter()
+        hidden, _ = self._dummy_run(num_rows, force_attention=True, profile_seq_lens=context, skip_eplb=True)
+        self.model.compute_logits(hidden[:num_rows])
+        self._sync_device()
+        return time.perf_counter() - started

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
@@ -24,6 +25,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from vllm_lvspec.config import LVSpecConfigError
+from vllm_lvspec.draft.pruning import STRATEGIES
 from vllm_lvspec.engine.arguments import lvspec_config
 from vllm_lvspec.engine.proposer import embedded_rows
 from vllm_lvspec.engine.requests import RequestError, request_rules
@@ -40,6 +42,7 @@ logger = init_logger("vllm.lvspec")
 
 REASONS = {"exact": EXACT, "loose": LOOSE, "shift": SHIFT, "target": TARGET}
 NUM_FINISHED = 1024  # requests whose counts are kept after their end
+FEATURES_AT_ONCE = 4096  # a long video's are not copied all at once
 
 
 @dataclass
@@ -118,8 +121,16 @@ class Verification:
 
     @property
     def uses_features(self) -> bool:
-        """Whether any request may be verified by relevance."""
-        return POLICIES[self.config.policy].uses_relevance
+        """Whether any request may be verified by relevance, or any video be pruned by similarity."""
+        by_similarity = STRATEGIES[self.config.pruning].looks_at == "similarity"
+        return POLICIES[self.config.policy].uses_relevance or by_similarity
+
+    @property
+    def _key(self) -> str:
+        """The setting that asks for features."""
+        if POLICIES[self.config.policy].uses_relevance:
+            return f"policy={self.config.policy!r}"
+        return f"pruning={self.config.pruning!r}"
 
     def _end_ids(self, tokenizer: Any) -> set[int]:
         model = self.vllm_config.model_config
@@ -180,8 +191,8 @@ class Verification:
         spec = groups[0].kv_cache_spec
         if len(groups) > 1 or not isinstance(spec, FullAttentionSpec):
             raise LVSpecConfigError(
-                f"policy={self.config.policy!r}: the target's layers have different kinds of KV cache, or none of the "
-                "whole video; must be 'strict'"
+                f"{self._key}: the target's layers have different kinds of KV cache, or none of the whole video; must "
+                f"be {'strict' if self._key.startswith('policy') else 'uniform'!r}"
             )
         model = self.vllm_config.model_config
         layout = self._layout(kv_cache_config.num_blocks, spec.block_size)
@@ -360,11 +371,10 @@ class Verification:
         asking = [is_loose and r.uses_relevance for r, is_loose in zip(rules, loose, strict=True)]
         if not any(asking):
             return Batch(rules, None, None, places)
-        return Batch(rules, self._queries(rows, metadata), self._pages_of(req_ids, asking), places)
+        return Batch(rules, self._states_of(rows + self.source.reads), self._pages_of(req_ids, asking), places)
 
-    def _queries(self, rows: torch.Tensor, metadata: SpecDecodeMetadata) -> torch.Tensor:
-        if self.source.reads:
-            rows = rows + 1
+    def _states_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """States `[num_rows, width]` that are compared, of these rows (int64) of the step's batch."""
         if self.source.kind != "value":
             assert self._states is not None
             # Some models add up their layers in float32.
@@ -380,6 +390,39 @@ class Verification:
         stored = self._values if self.features.features is None else self.features.features
         assert stored is not None
         return stored
+
+    # Prompts ------------------------------------------------------------------------------------------------------
+
+    def visual_positions(self, state: CachedRequestState) -> np.ndarray:
+        """Places of the request's visual tokens in its prompt, ascending: int64 `[num_visual]`."""
+        return self._request(state).positions
+
+    def similarity(self, state: CachedRequestState, row: int, begin: int, end: int) -> torch.Tensor | None:
+        """Cosines of each of the request's visual tokens with rows `begin` to `end` of the step's batch, summed up.
+
+        `[num_visual]` float32, 0 for those whose features another rank holds; None where features are missing. `row`:
+        of the request in the batch.
+        """
+        assert self.features is not None
+        layout, positions = self.features.layout, self._request(state).positions
+        table = self.runner.input_batch.block_table[0].get_numpy_array()[row]
+        if not self.features.holds(table, positions, self._request(state).tags):
+            return None
+        stored = self._stored()
+        own = np.flatnonzero(layout.own(positions))
+        block_places, slot_places = np.divmod(layout.places(positions[own]), layout.slots_per_block)
+        rows, blocks, slots = (
+            torch.from_numpy(x.astype(np.int64)).to(stored.device) for x in (own, table[block_places], slot_places)
+        )
+        queries = self._states_of(torch.arange(begin, end, device=stored.device)).float()
+        query = F.normalize(queries, dim=1).sum(0)
+        result = torch.zeros(len(positions), device=stored.device)
+        for part in torch.arange(len(rows)).split(FEATURES_AT_ONCE):
+            features = F.normalize(stored[blocks[part], slots[part]].flatten(1).float(), dim=1)
+            result[rows[part]] = features @ query
+        return result
+
+    # Relevance ----------------------------------------------------------------------------------------------------
 
     def _pages_of(self, req_ids: Sequence[str], asking: Sequence[bool]) -> VisualPages:
         """Positions change only with the batch, block tables with every block: those are the runner's own."""

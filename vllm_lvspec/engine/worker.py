@@ -26,6 +26,11 @@ class LVSpecWorker(Worker):
         available = super().determine_available_memory()
         return available if is_fixed else int(available * (1 - self._share_of_features()))
 
+    def compile_or_warm_up_model(self) -> Any:
+        result = super().compile_or_warm_up_model()
+        self.model_runner.measure_costs()
+        return result
+
     def _share_of_features(self) -> float:
         return self.model_runner.verification.share_of_memory(self.get_kv_cache_spec())
 
@@ -38,8 +43,13 @@ class LVSpecWorker(Worker):
         return self.model_runner.verification.request_reasons()
 
     def lvspec_step_times(self) -> dict[str, float]:
-        """`StepTimes` of this rank."""
-        return vars(self.model_runner.step_times).copy()
+        """`StepTimes` of this rank; over all steps the drafter's seconds for prompts, and the target's for scores."""
+        runner = self.model_runner
+        return {
+            **vars(runner.step_times),
+            "prefill_seconds": runner.drafter.drafter.prefill_seconds,
+            "scoring_seconds": runner.scores.seconds,
+        }
 
 
 class LVSpecGPUWorker(LVSpecWorker):
