@@ -60,7 +60,7 @@ def report() -> Report:
     strict = [answer("strict", s.name, 101, 25, 5.0, truth[s.name]) for s in samples]
     runs = {
         "ar": PolicyRun(ar, None),
-        "strict": PolicyRun(strict, StepTimes(100, 12.0, 6.0)),
+        "strict": PolicyRun(strict, StepTimes(100, 12.0, 6.0, 0.0, 100, 1000, 0.5, 0.25)),
     }
     return summarise(runs, samples, settings_for(samples, ["ar", "strict"]), ENVIRONMENT)
 
@@ -95,6 +95,15 @@ def test_the_bound_is_made_of_measured_costs(report):
     assert bound.verify_overhead == pytest.approx(0.12 / 0.1 - 1)
     assert bound.speedup == pytest.approx(4 / (1 + 10 * 0.06 + 0.2))
     assert report.policies["ar"].bound is None
+
+
+def test_what_drafting_costs_a_prompt_is_said_per_answer(report):
+    strict = report.policies["strict"]
+    assert strict.drafted_length == pytest.approx(10)
+    assert strict.draft_prefill_seconds == pytest.approx(0.5 / 4)
+    assert strict.scoring_seconds == pytest.approx(0.25 / 4)
+    assert report.policies["ar"].drafted_length is None
+    assert "| strict | 10.00 | 125.0 | 62.5 |" in markdown(report)
 
 
 def test_intervals_are_over_videos_and_hold_the_figure():
@@ -166,7 +175,7 @@ def test_reasons_are_the_plugins_own_where_it_counts_them(report):
     samples = videofacts(2, 1, ["caption", "choice"])
     counted = {"exact": 60, "loose": 20, "shift": 1, "target": 20}
     loose = [replace(answer("lvspec", s.name, 101, 20, 3.0), reasons=counted) for s in samples]
-    run = PolicyRun(loose, StepTimes(80, 8.0, 4.0), [0] * 150 + [4, 0, 4] + [0] * 47 + [9])
+    run = PolicyRun(loose, StepTimes(80, 8.0, 4.0, 0.0, 80, 640), [0] * 150 + [4, 0, 4] + [0] * 47 + [9])
     result = summarise({"lvspec": run}, samples, settings_for(samples, ["lvspec"]), ENVIRONMENT).policies["lvspec"]
     assert result.reasons == {"exact": 240, "loose": 80, "shift": 4, "target": 80}
     assert result.relevance["0.3"] == pytest.approx(0.51) and result.relevance["0.9"] == pytest.approx(0.53)

@@ -94,6 +94,17 @@ Share of the statements that begin there that are true (and their number), in st
 {% endfor %}
 
 {% endif %}
+{% if drafters -%}
+## Drafting
+
+| policy | tokens drafted per step | drafter's prompt, ms an answer | target's scores, ms an answer |
+|---|---|---|---|
+{% for name, p in drafters.items() -%}
+| {{ name }} | {{ "%.2f" | format(p.drafted_length or 0) }} | {{ "%.1f" | format(1000 * p.draft_prefill_seconds) }} | \
+{{ "%.1f" | format(1000 * p.scoring_seconds) }} |
+{% endfor %}
+
+{% endif %}
 {% for name, p in policies.items() if p.bound -%}
 {{ name }}: one drafted token costs {{ "%.3f" | format(p.bound.draft_cost) }} of a target step (c), verification adds \
 {{ "%.3f" | format(p.bound.verify_overhead) }} (o), of which {{ "%.2f" | format(100 * p.bound.verify_share) }} % of a \
@@ -115,6 +126,7 @@ def markdown(report: Report) -> str:
         policies=report.policies,
         kinds=kinds,
         has_facts=bool(kinds),
+        drafters={name: p for name, p in report.policies.items() if p.draft_prefill_seconds is not None},
         figure=_figure,
         share=_recall_and_precision,
         places=sorted({s.begin for p in report.policies.values() for s in p.stretches}),

@@ -91,7 +91,7 @@ class Bound(_Model):
         description="what verification does beyond vLLM's own test, over the worker's seconds of a target step without "
         "it; by the host's clock"
     )
-    speedup: float = Field(description="T / (1 + K c + o), T being mean_accepted_length")
+    speedup: float = Field(description="T / (1 + K c + o), T being mean_accepted_length, K drafted_length")
 
 
 class PolicyResult(Figures):
@@ -113,6 +113,18 @@ class PolicyResult(Figures):
     relevance: dict[str, float] | None = Field(
         description="quantiles of the drafted tokens' relevance, which as anchor_threshold would leave that share "
         "fillers; null where none was computed"
+    )
+    drafted_length: float | None = Field(
+        description="tokens drafted per request and step, over steps in which nothing was prefilled; null for peers "
+        "that are not ours"
+    )
+    draft_prefill_seconds: float | None = Field(
+        description="the drafter's seconds per answer for its view of the prompt: encoding, choosing, and reading what "
+        "is kept or copying it; by the host's clock; null for peers that are not ours"
+    )
+    scoring_seconds: float | None = Field(
+        description="the target's seconds per answer for scores of visual tokens, where the strategy asks for them; by "
+        "the host's clock; null for peers that are not ours"
     )
     bound: Bound | None = Field(description="null at batch sizes above 1, without ar, and for peers that are not ours")
 
@@ -259,19 +271,19 @@ def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def _bound(run: PolicyRun, figures: Figures, baseline: Figures, num_speculative_tokens: int) -> Bound | None:
+def _bound(run: PolicyRun, figures: Figures, baseline: Figures) -> Bound | None:
     times = run.times
     if times is None or not times.steps or not baseline.tokens_per_second or not figures.mean_accepted_length:
         return None
     unit = 1 / baseline.tokens_per_second
-    draft = times.draft_seconds / times.steps / num_speculative_tokens / unit
+    draft = times.draft_seconds / times.steps / unit
     overhead = times.target_seconds / times.steps / unit - 1
     return Bound(
         target_step_seconds=unit,
-        draft_cost=draft,
+        draft_cost=draft / (times.drafted_tokens / times.steps) if times.drafted_tokens else 0.0,
         verify_overhead=overhead,
         verify_share=times.verify_seconds / (times.target_seconds - times.verify_seconds),
-        speedup=figures.mean_accepted_length / (1 + num_speculative_tokens * draft + overhead),
+        speedup=figures.mean_accepted_length / (1 + draft + overhead),
     )
 
 
@@ -286,7 +298,7 @@ def summarise(
         own = figures(run.answers, samples, baseline)
         bound = None
         if base is not None and settings.batch_size == 1:
-            bound = _bound(run, own, base, _num_speculative_tokens(name, settings))
+            bound = _bound(run, own, base)
         policies[name] = PolicyResult(
             **own.model_dump(),
             wall_seconds=run.wall_seconds,
@@ -297,6 +309,7 @@ def summarise(
             seeds=_figures_by([s.group for s in samples], run.answers, samples, baseline),
             stretches=_stretches(run.answers, samples),
             relevance=None if run.relevance is None else _quantiles(run.relevance),
+            **_drafting(run),
             bound=bound,
         )
     return Report(environment=environment, settings=settings, policies=policies)
@@ -314,10 +327,15 @@ def _figures_by(
     return result
 
 
-def _num_speculative_tokens(peer: str, settings: Settings) -> int:
-    """K of a peer, which may have its own."""
-    own = [part.partition("=")[2] for part in peer.split(":") if part.startswith("num_speculative_tokens=")]
-    return int(own[-1]) if own else settings.num_speculative_tokens
+def _drafting(run: PolicyRun) -> dict[str, float | None]:
+    times = run.times
+    if times is None:
+        return dict.fromkeys(("drafted_length", "draft_prefill_seconds", "scoring_seconds"))
+    return {
+        "drafted_length": times.drafted_tokens / times.requests if times.requests else None,
+        "draft_prefill_seconds": times.prefill_seconds / len(run.answers),
+        "scoring_seconds": times.scoring_seconds / len(run.answers),
+    }
 
 
 def _stretches(answers: Sequence[Answer], samples: Sequence[Sample]) -> list[Stretch]:

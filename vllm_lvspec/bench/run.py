@@ -47,6 +47,10 @@ class StepTimes:
     target_seconds: float = 0.0  # forward and verification
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0  # part of target_seconds: what verification does beyond vLLM's own test
+    requests: float = 0  # of all these steps
+    drafted_tokens: float = 0
+    prefill_seconds: float = 0.0  # of the drafter over all prompts
+    scoring_seconds: float = 0.0  # of the target over all prompts, where the strategy asks it
 
 
 @dataclass
