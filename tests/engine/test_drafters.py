@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -156,6 +156,29 @@ def test_two_ranks_give_what_one_gives(drafter, settings, engines, oracle, monke
     assert stats["drafted_tokens"] > 300
     assert stats["pages_free"] == stats["pages_total"]
     assert engine.metric("spec_decode_num_accepted_tokens") > 0.05 * stats["drafted_tokens"]
+
+
+def costs_of(worker: Any) -> StepCosts:
+    return worker.model_runner.drafter.drafter.costs
+
+
+def test_two_ranks_draft_as_far_by_the_clock_of_one(engines, oracle, monkeypatch):
+    count = 45
+    want = oracle(QWEN, COUNT, 2)[:count]
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    settings = {"draft_length": "adaptive", "pruning": "none"}
+    engine = engines(QWEN, drafter=0, tensor_parallel_size=2, lvspec=settings)
+    before = engine.llm.collective_rpc(costs_of)
+    assert before[0] == before[1]
+    assert before[0].overhead == 0
+    assert 0 < before[0].target[0] <= before[0].target[-1]
+    got = engine.run(generate_requests(QWEN, COUNT, seed=2)[:count], (8, 1, 5))
+    assert token_ids(got) == token_ids(want)
+    stats = engine.stats()  # asserts that the ranks agree
+    assert stats["drafted_tokens"] + stats["skipped_cost"] > 0
+    first, second = engine.llm.collective_rpc(costs_of)
+    assert first == second
+    assert replace(first, overhead=0.0) == before[0], "of what is measured at the start nothing changes"
 
 
 # The target as its own drafter ----------------------------------------------------------------------------------------

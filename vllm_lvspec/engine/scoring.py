@@ -19,11 +19,10 @@ from vllm_lvspec.engine.arguments import lvspec_config
 from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
 from vllm_lvspec.engine.proposer import embedded_rows
 from vllm_lvspec.engine.verification import Verification
-from vllm_lvspec.kernels.attention_mass import attention_mass, attention_mass_reference
+from vllm_lvspec.kernels.attention_mass import MAX_QUERIES, attention_mass, attention_mass_reference
 
 logger = init_logger("vllm.lvspec")
 
-MAX_QUERIES = 128  # of a prompt's text behind its videos, the last ones
 MAX_LAYERS = 8  # of the target's, evenly spread
 
 
