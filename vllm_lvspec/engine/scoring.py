@@ -196,7 +196,7 @@ class PromptScores:
     def of(self, req_id: str) -> list[torch.Tensor | None]:
         """Scores of the tokens of each of the request's items, `[num_embeddings]` float32; the same on all ranks."""
         state = self.runner.requests[req_id]
-        prompt = self._prompts.pop(req_id, None)
+        prompt = self._prompts.get(req_id)
         lengths = [len(embedded_rows(item)) for item in state.mm_features]
         if prompt is None or not prompt.num_queries:
             return [None] * len(lengths)
