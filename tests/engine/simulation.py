@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, DynamicCach
 from vllm_lvspec.bench.samples import Sample
 from vllm_lvspec.bench.videofacts.scene import SIDE
 from vllm_lvspec.config import LVSpecConfig
-from vllm_lvspec.draft.pruning import STRATEGIES, VisualGrid
+from vllm_lvspec.draft.pruning import STRATEGIES, VideoView, VisualGrid
 from vllm_lvspec.reference import PAIRS
 from vllm_lvspec.reference.families import FAMILIES
 from vllm_lvspec.reference.tokenizer import ASSISTANT_TURN, USER_TURN
@@ -192,7 +192,8 @@ class Simulation:
         side = SIDE // SQUARE
         grid = VisualGrid(num_moments, side, side, num_extra=num_visual - num_moments * side**2)
         self.target = Speaker(name, target or str(pair.target), torch.arange(num_visual))
-        self.drafter = Speaker(name, draft or str(pair.draft), STRATEGIES["uniform"](grid, pruning_ratio))
+        kept = STRATEGIES["uniform"].keep(VideoView(grid), pruning_ratio)
+        self.drafter = Speaker(name, draft or str(pair.draft), kept)
         self.shared_vocab = min(len(s.model.get_input_embeddings().weight) for s in (self.target, self.drafter))
         self.tokenizer = self.target.tokenizer
         self.answer = functools.cache(self._answer)
