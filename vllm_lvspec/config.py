@@ -43,7 +43,7 @@ class LVSpecConfig(BaseModel):
         10, ge=1, le=MAX_SPECULATIVE_TOKENS, strict=True, description="K, the tokens drafted per step"
     )
     draft_length: Literal["fixed", "adaptive"] = Field(
-        "adaptive",
+        "fixed",
         description="whether K tokens are always drafted, or as many of them as pay, by what was measured at the start "
         "and how drafts have fared; under load none",
     )

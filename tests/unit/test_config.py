@@ -28,9 +28,9 @@ def test_the_word_means_all_defaults_and_a_colon_names_the_drafter():
     assert (defaults.policy, defaults.anchor_top_n) == ("lvspec", 10)
 
 
-def test_drafts_are_as_long_as_they_pay_and_the_drafter_self_copies_unless_it_is_said_otherwise():
+def test_drafts_are_of_one_length_and_the_drafter_self_copies_unless_it_is_said_otherwise():
     defaults = LVSpecConfig()
-    assert (defaults.draft_length, defaults.self_cache) == ("adaptive", "copy")
+    assert (defaults.draft_length, defaults.self_cache) == ("fixed", "copy")
     assert defaults.model is None  # the partner of the target is known only with the target
     written = {"method": "lvspec", "draft-length": "fixed", "self-cache": "compute"}
     assert (LVSpecConfig.parse(written).draft_length, LVSpecConfig.parse(written).self_cache) == ("fixed", "compute")
