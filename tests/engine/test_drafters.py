@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Engine
+from harness import Engine
 from transformers import AutoModelForImageTextToText
 from vllm import SamplingParams
 from vllm.model_executor.layers.attention import attention as vllm_attention
