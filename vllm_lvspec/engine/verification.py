@@ -125,13 +125,6 @@ class Verification:
         by_similarity = STRATEGIES[self.config.pruning].looks_at == "similarity"
         return POLICIES[self.config.policy].uses_relevance or by_similarity
 
-    @property
-    def _key(self) -> str:
-        """The setting that asks for features."""
-        if POLICIES[self.config.policy].uses_relevance:
-            return f"policy={self.config.policy!r}"
-        return f"pruning={self.config.pruning!r}"
-
     def _end_ids(self, tokenizer: Any) -> set[int]:
         model = self.vllm_config.model_config
         generation = try_get_generation_config(model.model, model.trust_remote_code, model.revision)
@@ -190,9 +183,11 @@ class Verification:
         groups = kv_cache_config.kv_cache_groups
         spec = groups[0].kv_cache_spec
         if len(groups) > 1 or not isinstance(spec, FullAttentionSpec):
+            by_policy = POLICIES[self.config.policy].uses_relevance
+            asks = f"policy={self.config.policy!r}" if by_policy else f"pruning={self.config.pruning!r}"
             raise LVSpecConfigError(
-                f"{self._key}: the target's layers have different kinds of KV cache, or none of the whole video; must "
-                f"be {'strict' if self._key.startswith('policy') else 'uniform'!r}"
+                f"{asks}: the target's layers have different kinds of KV cache, or none of the whole video; must be "
+                f"{'strict' if by_policy else 'uniform'!r}"
             )
         model = self.vllm_config.model_config
         layout = self._layout(kv_cache_config.num_blocks, spec.block_size)
