@@ -44,8 +44,14 @@ class LVSpecConfig(BaseModel):
     )
     draft_length: Literal["fixed", "adaptive"] = Field(
         "fixed",
-        description="whether K tokens are always drafted, or as many of them as pay, by what was measured at the start "
-        "and how drafts have fared; under load none",
+        description="whether K tokens are drafted, or as many of them as pay, by what was measured at the start and "
+        "how drafts have fared",
+    )
+    only_if_faster: bool = Field(
+        True,
+        strict=True,
+        description="whether steps and requests for which drafting would not pay, because many others run or the "
+        "answer is short, go without",
     )
     policy: Literal["strict", "fly", "lvspec", "random"] = Field(
         "lvspec",

@@ -21,7 +21,7 @@ class Engine:
         Engine.newest = self
         # As many drafted tokens in every step, so that what is asked of a test does not hang on how fast a machine is.
         settings: dict[str, Any] = {
-            "method": "lvspec", "model": drafter, "policy": "strict", "draft_length": "fixed",
+            "method": "lvspec", "model": drafter, "policy": "strict", "only_if_faster": False,
             **options.pop("lvspec", {}),
         }  # fmt: skip
         self.has_drafter = settings["model"] is not None

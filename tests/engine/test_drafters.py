@@ -33,6 +33,7 @@ from vllm_lvspec.reference.families import FAMILIES
 
 COUNT = 216  # requests of which `oracle` keeps the answers, for other files' tests, too
 SIZES = (1, 8, 3, 5, 2, 7, 4, 6)
+AS_FAR_AS_PAYS = {"draft_length": "adaptive", "only_if_faster": True}
 SELF = {"model": "self"}
 # Prompts in chunks, prefix hits, and too few pages for eight requests.
 STRESS = {"max_num_batched_tokens": 96, "num_gpu_blocks_override": 20}
@@ -126,7 +127,7 @@ def nothing_left(engine: Engine) -> None:
 def test_drafts_as_long_as_they_pay_change_no_output(engines, oracle):
     count = 72
     want = oracle(QWEN, COUNT, 2)[:count]
-    engine = engines(QWEN, drafter=0, lvspec={"draft_length": "adaptive", "pruning": "attention"}, **STRESS)
+    engine = engines(QWEN, drafter=0, lvspec={**AS_FAR_AS_PAYS, "pruning": "attention"}, **STRESS)
     costs = runner_of(engine).drafter.drafter.costs
     assert all(seconds > 0 for seconds in (*costs.target, *costs.draft))
     got = engine.run(generate_requests(QWEN, COUNT, seed=2)[:count], (8, 3, 8, 1))
@@ -166,7 +167,7 @@ def test_two_ranks_draft_as_far_by_the_clock_of_one(engines, oracle, monkeypatch
     count = 45
     want = oracle(QWEN, COUNT, 2)[:count]
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    settings = {"draft_length": "adaptive", "pruning": "none"}
+    settings = {**AS_FAR_AS_PAYS, "pruning": "none"}
     engine = engines(QWEN, drafter=0, tensor_parallel_size=2, lvspec=settings)
     before = engine.llm.collective_rpc(costs_of)
     assert before[0] == before[1]
@@ -178,7 +179,7 @@ def test_two_ranks_draft_as_far_by_the_clock_of_one(engines, oracle, monkeypatch
     assert stats["drafted_tokens"] + stats["skipped_cost"] > 0
     first, second = engine.llm.collective_rpc(costs_of)
     assert first == second
-    assert replace(first, overhead=0.0) == before[0], "of what is measured at the start nothing changes"
+    assert replace(first, overhead=0.0, prompt=0.0) == before[0], "of what is measured at the start nothing changes"
 
 
 # The target as its own drafter ----------------------------------------------------------------------------------------
@@ -239,8 +240,8 @@ def test_a_target_that_no_partner_is_known_of_drafts_for_itself(engines):
     engine = engines(QWEN, speculative_config="lvspec", lvspec=SELF)
     runner = runner_of(engine)
     drafter = runner.drafter.drafter
-    assert runner.drafter.config.model == "self"
-    assert runner.drafter.config.draft_length == "adaptive"
+    config = runner.drafter.config
+    assert (config.model, config.draft_length, config.only_if_faster) == ("self", "fixed", True)
     assert drafter.model.copies and drafter.model.num_weight_bytes == 0
     assert drafter.model.model is runner.get_model()
     requests = generate_requests(QWEN, 18, seed=3)
@@ -259,12 +260,16 @@ def test_a_target_that_no_partner_is_known_of_drafts_for_itself(engines):
 
 @pytest.mark.parametrize(
     ("drafter", "settings"),
-    [pytest.param(0, {"pruning": "attention"}, id="attention"), pytest.param(None, SELF, id="self")],
+    [
+        pytest.param(0, {"only_if_faster": True}, id="fixed"),
+        pytest.param(0, {**AS_FAR_AS_PAYS, "pruning": "attention"}, id="attention"),
+        pytest.param(None, {**AS_FAR_AS_PAYS, **SELF}, id="self"),
+    ],
 )
 def test_under_load_nothing_is_drafted_and_drafting_goes_on_when_it_is_over(drafter, settings, engines):
     requests = ask_videos(QWEN, [(i, "Describe the video.") for i in range(6)], greedy(48))
     want = token_ids(engines(QWEN).run(requests))
-    engine = engines(QWEN, drafter=drafter, lvspec={**settings, "draft_length": "adaptive"})
+    engine = engines(QWEN, drafter=drafter, lvspec=settings)
     before = engine.stats()
 
     def set_costs(costs: StepCosts) -> None:

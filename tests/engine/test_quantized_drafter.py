@@ -80,7 +80,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         if key not in done:
             # Always as many drafted tokens, so that what is accepted of them does not hang on how fast this machine is.
             settings = {
-                "method": "lvspec", "policy": "strict", "draft_length": "fixed", "draft_quantization": quantization,
+                "method": "lvspec", "policy": "strict", "only_if_faster": False, "draft_quantization": quantization,
             }  # fmt: skip
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

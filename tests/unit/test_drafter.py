@@ -1,10 +1,8 @@
-"""The drafter's book-keeping, with a model that remembers what was written into which slot; and how far it drafts."""
+"""The drafter's book-keeping, with a model that remembers what was written into which slot, and how far it goes."""
 
 from __future__ import annotations
 
-import copy
 import functools
-import itertools
 import random
 import time
 from dataclasses import replace
@@ -12,18 +10,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from step_costs import FREE, LOADED, RANDOM_COSTS
 
 from vllm_lvspec.draft.drafter import DraftBatch, Drafted, Drafter, DraftRequest, VisualItem
-from vllm_lvspec.draft.length import LEAST_GAIN, Acceptance, DraftPlan, RequestHistory, StepCosts, smooth_costs
+from vllm_lvspec.draft.length import DraftPlan, StepCosts
 from vllm_lvspec.draft.pages import PagePool
 from vllm_lvspec.draft.pruning import STRATEGIES, Strategy, VideoView, VisualGrid
 
 VOCAB = 97
 VISUAL = 50  # the placeholder's token
-FREE = StepCosts([1, 1000], [1.0, 1.0], [0.0, 0.0])  # whatever is drafted costs nothing
-LOADED = StepCosts([1, 1000], [1.0, 1000.0], [0.1, 0.1])  # every row costs the target as much as another step
 
 
 class SlotModel:
@@ -101,7 +98,7 @@ class SlotModel:
     @staticmethod
     def random_prob(entries) -> float:
         """Often near none or all."""
-        log_odds = hash((1, *entries)) % 2001 / 100 - 8
+        log_odds = hash((1, *entries)) % 2001 / 100 - 8.005  # never between two bins
         return float(1 / (1 + np.exp(-log_odds)))
 
 
@@ -228,7 +225,7 @@ def oracle(request: DraftRequest, k: int, kept: set[int] | None = None, copies: 
 
 def make_drafter(model=None, ratio=0.5, strategy="uniform", scores=None, costs=None) -> Drafter:
     chosen = STRATEGIES[strategy] if isinstance(strategy, str) else strategy
-    drafter = Drafter(model or SlotModel(), chosen, ratio, 10**6, scores)
+    drafter = Drafter(model or SlotModel(), chosen, ratio, 10**6, scores, is_adaptive=True, only_if_faster=True)
     drafter.costs = costs
     return drafter
 
@@ -242,16 +239,6 @@ def flat(size: int, *best: int) -> torch.Tensor:
     scores = torch.zeros(size)
     scores[list(best)] = torch.arange(len(best), 0, -1) + 10.0
     return scores
-
-
-RANDOM_COSTS = st.builds(
-    StepCosts,
-    st.just([1, 4, 32]),
-    st.lists(st.floats(0.1, 3.0), min_size=3, max_size=3).map(sorted),
-    st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3).map(sorted),
-    st.floats(0, 1e-3),
-    st.floats(0, 1e-3),
-)
 
 
 def run_history(data, copies: bool, adaptive: bool) -> None:
@@ -833,356 +820,6 @@ def test_two_ranks_that_are_told_the_same_draft_the_same(data):
             requests[i] = extended(requests[i], [*draft[:accepted], 3], len(draft))
 
 
-# Costs ----------------------------------------------------------------------------------------------------------------
-
-
-def test_costs_lie_on_lines_between_what_was_measured_and_go_on_behind_the_last():
-    costs = StepCosts([1, 4, 8], [1.0, 1.3, 2.1], [0.1, 0.1, 0.3])
-    assert [float(costs.of_target(rows)) for rows in (1, 2, 4, 6, 8)] == pytest.approx([1.0, 1.1, 1.3, 1.7, 2.1])
-    assert float(costs.of_target(18)) == pytest.approx(2.1 + 10 * 0.2)
-    assert costs.of_draft(np.array([1, 3, 6, 10])).tolist() == pytest.approx([0.1, 0.1, 0.2, 0.4])
-
-
-def test_behind_a_single_measured_point_every_row_costs_as_much():
-    # Measuring ends where a forward takes seconds; rows that were never measured are not free.
-    costs = StepCosts([1], [1.5], [0.2])
-    assert costs.of_target(np.array([1, 7, 900])).tolist() == pytest.approx([1.5, 10.5, 1350])
-    assert float(costs.of_draft(12)) == pytest.approx(2.4)
-
-
-def test_context_costs_by_the_token_whatever_the_rows():
-    costs = StepCosts([1, 2], [1.0, 2.0], [0.1, 0.2], target_per_context=1e-3, draft_per_context=1e-4)
-    assert float(costs.of_target(2, 5000.0)) == pytest.approx(7.0)
-    assert costs.of_draft(np.array([1, 2]), np.array([1000.0, 3000.0])).tolist() == pytest.approx([0.2, 0.5])
-
-
-@settings(deadline=None)
-@given(RANDOM_COSTS, st.integers(1, 100), st.integers(1, 100))
-def test_more_rows_never_cost_less(costs, few, more):
-    few, more = sorted((few, more))
-    assert costs.of_target(few) <= costs.of_target(more) + 1e-12
-    assert costs.of_draft(few) <= costs.of_draft(more) + 1e-12
-
-
-# What is learnt -------------------------------------------------------------------------------------------------------
-
-CONFIDENCES = [1 / (1 + np.exp(-x)) for x in (-6, *np.arange(-3.5, 8), 10)]  # one of every bin
-
-
-def drafted(confidences, num_tokens=10) -> RequestHistory:
-    return RequestHistory(confidences=list(confidences), num_tokens=num_tokens)
-
-
-def outcomes_of(acceptance: Acceptance, history: RequestHistory, num_tokens: int, num_verified: int) -> list:
-    """What learning adds, `(judged, accepted)` of every bin that changes, by falling confidence."""
-    judged, accepted = acceptance.judged.copy(), acceptance.accepted.copy()
-    acceptance.learn(history, num_tokens, num_verified)
-    judged, accepted = acceptance.judged - judged, acceptance.accepted - accepted
-    return [(round(judged[i], 6), round(accepted[i], 6)) for i in reversed(np.flatnonzero(judged))]
-
-
-def test_before_anything_is_learnt_chances_follow_the_drafters_own_confidence():
-    chances = Acceptance().chances(CONFIDENCES)
-    assert (np.diff(chances) > 0).all()
-    assert np.abs(chances - np.array(CONFIDENCES)).max() < 0.15
-    assert 0.5 < Acceptance().mean() < 0.8
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "num_verified", "outcomes"),
-    [
-        # Ten tokens before; the first number is how many there are after the step, which adds one of the target's own.
-        (11, 3, [(1, 0)]),  # the first was refused: nothing is known of the others
-        (12, 3, [(1, 1), (1, 0)]),
-        (13, 3, [(1, 1), (1, 1), (1, 0)]),
-        (14, 3, [(1, 1), (1, 1), (1, 1)]),  # all were accepted
-        (13, 2, [(1, 1), (1, 1)]),  # only two were verified, and both accepted
-        (12, 2, [(1, 1), (1, 0)]),
-        (12, 1, [(1, 1)]),
-        (11, 1, [(1, 0)]),
-        (11, 0, []),  # the step had no room for drafts
-        (10, 3, [(1, 0)]),
-        (30, 3, [(1, 1), (1, 1), (1, 1)]),
-        (14, 9, [(1, 1), (1, 1), (1, 1)]),
-    ],
-)
-def test_drafted_tokens_are_judged_up_to_the_first_that_was_refused(num_tokens, num_verified, outcomes):
-    acceptance, history = Acceptance(), drafted([0.99, 0.9, 0.5])
-    expected = acceptance.chances([0.99, 0.9, 0.5])[: len(outcomes)].sum()
-    assert outcomes_of(acceptance, history, num_tokens, num_verified) == outcomes
-    assert history.judged == len(outcomes)
-    assert history.accepted == sum(accepted for _, accepted in outcomes)
-    assert history.expected == pytest.approx(expected)
-    # A draft is judged once.
-    assert outcomes_of(acceptance, history, num_tokens + 5, 3) == []
-
-
-def test_impossible_and_certain_confidences_are_judged_like_any_other():
-    acceptance = Acceptance()
-    assert outcomes_of(acceptance, drafted([1.0, 0.0]), 12, 2) == [(1, 1), (1, 0)]
-    assert acceptance.chances([0.0, 1.0]).tolist() == acceptance.chances([1e-7, 1 - 1e-7]).tolist()
-
-
-def test_chances_become_the_shares_that_were_accepted_and_rise_with_confidence():
-    acceptance = Acceptance()
-    shares = np.linspace(0.05, 0.95, len(CONFIDENCES))  # the drafter is not what it thinks it is
-    for confidence, share in zip(CONFIDENCES, shares, strict=True):
-        for i in range(400):
-            accepted = int((i + 1) * share) - int(i * share)
-            acceptance.learn(drafted([confidence]), 11 + accepted, 1)
-    chances = acceptance.chances(CONFIDENCES)
-    assert (np.diff(chances) > 0).all()
-    assert np.abs(chances - shares).max() < 0.02
-    assert acceptance.mean() == pytest.approx(0.5, abs=0.02)
-
-
-def test_old_days_are_forgotten():
-    acceptance = Acceptance()
-    for _ in range(300):
-        acceptance.learn(drafted([0.9] * 10), 21, 10)
-    assert acceptance.judged.max() == 512
-    assert acceptance.chances([0.9])[0] > 0.97
-    others = acceptance.chances([0.5, 0.999])
-    for _ in range(1500):
-        acceptance.learn(drafted([0.9]), 11, 1)
-    assert acceptance.chances([0.9])[0] < 0.1
-    assert (acceptance.chances([0.5, 0.999]) == others).all()
-    assert acceptance.judged.max() == 512
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.lists(st.floats(0, 1), max_size=8), st.integers(0, 9), st.integers(0, 9)), max_size=80))
-def test_chances_stay_chances_whatever_is_learnt(drafts):
-    acceptance, history = Acceptance(), RequestHistory()
-    for confidences, emitted, num_verified in drafts:
-        history.confidences, history.num_tokens = confidences, 10
-        acceptance.learn(history, 10 + emitted, num_verified)
-    chances = acceptance.chances(CONFIDENCES)
-    assert ((chances > 0) & (chances < 1)).all()
-    assert 0 < acceptance.mean() < 1
-    assert (acceptance.judged <= 512).all()
-    assert 0 <= history.accepted <= history.judged
-    assert history.factor > 0
-
-
-def test_a_requests_own_past_outweighs_that_of_others_slowly():
-    acceptance = Acceptance()
-    good, bad, new = RequestHistory(), RequestHistory(), RequestHistory()
-    assert new.factor == 1
-    factors = []
-    for _ in range(200):
-        good.confidences, good.num_tokens = [0.9], 10
-        acceptance.learn(good, 12, 1)
-        bad.confidences, bad.num_tokens = [0.9], 10
-        acceptance.learn(bad, 11, 1)
-        factors.append(bad.factor)
-    assert factors[0] > 0.9  # one token says little
-    assert factors[-1] < 0.25
-    assert good.factor > 1.5
-    assert acceptance.chances([0.9])[0] * good.factor == pytest.approx(1, abs=0.25)
-
-
-# The plan of a step ---------------------------------------------------------------------------------------------------
-
-
-def plan_of(costs, rates, target_context=None, draft_context=None, max_length=10) -> DraftPlan:
-    rates = np.array(rates, dtype=float)
-    nothing = np.zeros(len(rates))
-    return DraftPlan(
-        costs,
-        rates,
-        nothing if target_context is None else np.array(target_context, dtype=float),
-        nothing if draft_context is None else np.array(draft_context, dtype=float),
-        max_length,
-    )
-
-
-RATES = st.lists(st.floats(0, 0.99), min_size=1, max_size=6)
-
-
-def speed_of(costs, rates, lengths, target_context=0.0, draft_context=None) -> float:
-    """Expected tokens a second where request r drafts `lengths[r]` tokens, from first principles."""
-    context = np.zeros(len(rates)) if draft_context is None else np.array(draft_context)
-    tokens = sum(sum(rate**i for i in range(length + 1)) for rate, length in zip(rates, lengths, strict=True))
-    seconds = costs.of_target(len(rates) + sum(lengths), target_context)
-    for step in range(max(lengths)):
-        drafting = [r for r, length in enumerate(lengths) if length > step]
-        seconds += costs.of_draft(len(drafting), context[drafting].sum())
-    return tokens / seconds
-
-
-@settings(max_examples=200, deadline=None)
-@given(RANDOM_COSTS, RATES, st.integers(1, 8), st.floats(0, 1000), st.floats(0, 1000))
-def test_drafting_is_worth_it_where_a_length_for_all_promises_more_than_none(
-    costs, rates, max_length, target_context, draft_context
-):
-    num = len(rates)
-    contexts = [target_context] * num, [draft_context] * num
-    speeds = [
-        speed_of(costs, rates, [length] * num, num * target_context, contexts[1]) for length in range(max_length + 1)
-    ]
-    least = LEAST_GAIN * speeds[0]
-    assume(abs(max(speeds[1:]) - least) > 1e-9)
-    assert plan_of(costs, rates, *contexts, max_length).is_worth_it() == (max(speeds[1:]) > least)
-
-
-def test_no_length_beyond_the_longest_is_hoped_for():
-    # One drafted token gains too little to bother, two are enough.
-    costs = StepCosts([1, 100], [1.0, 1.0], [0.9, 0.9])
-    assert speed_of(costs, [0.99], [1]) < LEAST_GAIN < speed_of(costs, [0.99], [2])
-    assert not plan_of(costs, [0.99], max_length=1).is_worth_it()
-    assert plan_of(costs, [0.99], max_length=2).is_worth_it()
-
-
-@settings(max_examples=100, deadline=None)
-@given(RANDOM_COSTS, RATES, st.data())
-def test_a_plan_counts_tokens_and_seconds_as_they_come(costs, rates, data):
-    context = data.draw(st.lists(st.integers(0, 900), min_size=len(rates), max_size=len(rates)))
-    plan = plan_of(costs, rates, [100] * len(rates), context)
-    lengths = np.zeros(len(rates), dtype=int)
-    active = np.arange(len(rates))
-    for _ in range(data.draw(st.integers(1, 4))):
-        plan.take(active, np.array(rates)[active])
-        lengths[active] += 1
-        speed = speed_of(costs, rates, lengths.tolist(), 100.0 * len(rates), context)
-        assert plan.tokens / plan.cost == pytest.approx(speed)
-        active = active[data.draw(st.lists(st.booleans(), min_size=len(active), max_size=len(active)))]
-        if not len(active):
-            break
-
-
-def speed_with(plan: DraftPlan, requests) -> float:
-    """Expected tokens a second if `requests` drafted one more token, and then nobody."""
-    after = copy.deepcopy(plan)
-    if len(requests):
-        after.take(np.array(requests), plan.rates[list(requests)])
-    return after.tokens / after.cost
-
-
-def partial_plan(data, costs, rates, context) -> tuple[DraftPlan, np.ndarray]:
-    """A plan in the middle of a step, and who may draft another token."""
-    plan = plan_of(costs, rates, None, context)
-    requests = np.arange(len(rates))
-    for _ in range(data.draw(st.integers(0, 3))):
-        chances = data.draw(st.lists(st.floats(0, 1), min_size=len(requests), max_size=len(requests)))
-        plan.take(requests, np.array(chances))
-        some = requests[data.draw(st.lists(st.booleans(), min_size=len(requests), max_size=len(requests)))]
-        requests = some if len(some) else requests
-    return plan, requests
-
-
-@settings(max_examples=200, deadline=None)
-@given(RANDOM_COSTS, RATES, st.integers(0, 900), st.data())
-def test_of_all_groups_that_could_draft_one_more_token_the_one_of_most_tokens_a_second_does(
-    costs, rates, context, data
-):
-    # With as much in the cache of everyone, only how many go on decides what it costs.
-    plan, requests = partial_plan(data, costs, rates, [context] * len(rates))
-    chosen = plan.going_on(requests).tolist()
-    groups = itertools.chain.from_iterable(itertools.combinations(requests, n) for n in range(len(requests) + 1))
-    best = max(speed_with(plan, group) for group in groups)
-    assert speed_with(plan, chosen) == pytest.approx(best, rel=1e-9)
-    assert chosen == [r for r in requests if r in chosen]  # in their order, and none of others
-
-
-@settings(max_examples=200, deadline=None)
-@given(RANDOM_COSTS, RATES, st.data())
-def test_where_contexts_differ_those_of_the_best_chances_go_on_as_many_as_pay(costs, rates, data):
-    context = data.draw(st.lists(st.integers(0, 900), min_size=len(rates), max_size=len(rates)))
-    plan, requests = partial_plan(data, costs, rates, context)
-    chosen = plan.going_on(requests).tolist()
-    order = sorted(requests, key=lambda r: -plan.survival[r] * plan.rates[r])
-    assert sorted(order[: len(chosen)]) == sorted(chosen)
-    best = max(speed_with(plan, order[:n]) for n in range(len(order) + 1))
-    assert speed_with(plan, chosen) == pytest.approx(best, rel=1e-9)
-
-
-def test_nobody_goes_on_for_nothing():
-    plan = plan_of(FREE, [0.5, 0.5])
-    plan.take(np.arange(2), np.array([0.0, 0.7]))
-    # The first can't be accepted any more: not even a free token is drafted for it.
-    assert plan.going_on(np.arange(2)).tolist() == [1]
-    plan.take(np.array([1]), np.array([0.0]))
-    assert plan.going_on(np.array([1])).tolist() == []
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.floats(0, 0.99), st.floats(0, 1), st.floats(0, 1), st.integers(1, 12)
-)  # fmt: skip
-def test_one_request_is_drafted_for_as_far_as_is_best_where_costs_are_lines(rate, per_row, drafting, max_length):
-    # Then speed over length has one hill, and to stop at the first step down is to stop at its top.
-    costs = StepCosts([1, 101], [1.0, 1.0 + 100 * per_row], [drafting, drafting])
-    plan = plan_of(costs, [rate], max_length=max_length)
-    length, active = 1, np.array([0])
-    plan.take(active, np.array([rate]))
-    while length < max_length and len(plan.going_on(active)):
-        plan.take(active, np.array([rate]))
-        length += 1
-    best = max(speed_of(costs, [rate], [n]) for n in range(1, max_length + 1))
-    assert speed_of(costs, [rate], [length]) == pytest.approx(best, rel=1e-9)
-
-
-@pytest.mark.parametrize("num_requests", [1, 8, 64])
-def test_where_every_row_costs_as_much_as_another_nobody_drafts(num_requests):
-    costs = StepCosts([1, 2, 1000], [0.02, 0.04, 20.0], [0.0, 0.0, 0.0])
-    assert not plan_of(costs, [0.99] * num_requests).is_worth_it()
-
-
-@pytest.mark.parametrize("num_requests", [1, 8, 64])
-def test_where_rows_cost_nothing_everybody_with_good_chances_drafts_fully(num_requests):
-    costs = StepCosts([1, 1000], [1.0, 1.0], [0.02, 0.02])
-    plan = plan_of(costs, [0.95] * num_requests)
-    assert plan.is_worth_it()
-    everybody = np.arange(num_requests)
-    for _ in range(10):
-        plan.take(everybody, np.full(num_requests, 0.95))
-        assert plan.going_on(everybody).tolist() == everybody.tolist()
-
-
-def test_the_same_drafts_pay_for_few_requests_and_not_for_many():
-    # Bound by memory up to 64 rows, by arithmetic beyond.
-    costs = StepCosts([1, 64, 1024], [1.0, 1.0, 16.0], [0.1, 0.1, 1.6])
-    worth = [plan_of(costs, [0.8] * num).is_worth_it() for num in (1, 4, 16, 64, 256)]
-    assert worth == sorted(worth, reverse=True)
-    assert worth[0]
-    assert not worth[-1]
-
-
-def test_a_long_video_in_the_targets_cache_makes_drafts_worth_more_and_one_in_the_drafters_less():
-    # Rows of drafts share one reading of the cache.
-    costs = StepCosts([1, 101], [1.0, 51.0], [0.1, 0.1], target_per_context=1e-4, draft_per_context=1e-4)
-    assert not plan_of(costs, [0.6], [0], [0]).is_worth_it()
-    assert plan_of(costs, [0.6], [50_000], [0]).is_worth_it()
-    assert plan_of(costs, [0.6], [50_000], [5_000]).is_worth_it()
-    assert not plan_of(costs, [0.6], [50_000], [50_000]).is_worth_it()
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=9))
-def test_smooth_costs_rise_ever_more_steeply_and_no_higher_than_what_was_measured(seconds):
-    rows = [1 << i for i in range(len(seconds))]
-    smooth = smooth_costs(rows, seconds)
-    assert all(a <= b * (1 + 1e-9) for a, b in zip(smooth, seconds, strict=True))
-    slopes = np.diff(smooth) / np.diff(rows)
-    assert (slopes >= -1e-9).all()
-    assert (np.diff(slopes) >= -1e-9).all()
-    # And they touch it: at both ends of what never falls, and wherever that is such a curve already.
-    assert smooth[0] == pytest.approx(min(seconds))
-    assert smooth[-1] == pytest.approx(seconds[-1])
-    assert smooth_costs(rows, smooth) == pytest.approx(smooth)
-
-
-def test_a_stair_in_the_costs_does_not_end_drafts_that_pay_on_the_next_landing():
-    rows, seconds = [1, 2, 4, 16], [1.0, 1.0, 2.0, 2.0]
-    costs = StepCosts(rows, smooth_costs(rows, seconds), [0.02] * 4)
-    plan = plan_of(costs, [0.95])
-    assert plan.is_worth_it()
-    for _ in range(10):
-        plan.take(np.array([0]), np.array([0.95]))
-        assert plan.going_on(np.array([0])).tolist() == [0]
-
-
 @pytest.mark.parametrize("drafting", [0.05, 0.08, 0.3])
 def test_after_requests_that_were_drafted_for_badly_others_get_their_chance(drafting):
     drafter = make_drafter(
@@ -1198,6 +835,125 @@ def test_after_requests_that_were_drafted_for_badly_others_get_their_chance(draf
         drafter.release(str(number))
     assert sum(length > 0 for length in lengths[-160:]) > 0, "it tries again now and then"
     assert sum(lengths[-160:]) < 0.5 * 10 * 160, "and does not insist"
+
+
+# Whether at all -------------------------------------------------------------------------------------------------------
+
+
+def only_if_faster(model=None, costs=None) -> Drafter:
+    drafter = Drafter(model or SlotModel(), STRATEGIES["uniform"], 0.5, 10**6, only_if_faster=True)
+    drafter.costs = costs
+    return drafter
+
+
+def run_fixed(drafter, names: str, num_steps: int, accepted: int, k: int = 10) -> list[list[int]]:
+    """Lengths of the drafts of every step; of each, `accepted` tokens are, and nothing is released."""
+    requests = [make_request(name, max_draft=10**6) for name in names]
+    lengths = []
+    for _ in range(num_steps):
+        drafts = drafter.propose(requests, k)
+        lengths.append([len(draft) for draft in drafts])
+        requests = [
+            extended(r, [*d[:accepted], (d[accepted] + 1) % VOCAB if d else 3], len(d))
+            for r, d in zip(requests, drafts, strict=True)
+        ]
+    return lengths
+
+
+# Ten tokens cost a step of the target, so that twice as many as that and a tenth must come of them.
+AS_DEAR_AS_A_STEP = StepCosts([1, 1000], [1.0, 1.0], [0.1, 0.1])
+
+
+@pytest.mark.parametrize(("accepted", "is_drafted"), [(0, False), (2, True), (5, True)])
+def test_chains_are_drafted_whole_or_not_at_all_by_what_the_last_ones_brought(accepted, is_drafted):
+    drafter = only_if_faster(SlotModel(max_model_len=10**6), AS_DEAR_AS_A_STEP)
+    lengths = run_fixed(drafter, "ab", 200, accepted)
+    assert lengths[0] == [10, 10], "nothing is known against it"
+    assert set(map(tuple, lengths)) <= {(10, 10), (0, 0)}
+    assert lengths[-1] == [10 * is_drafted] * 2
+    assert (drafter.counts["skipped_cost"] > 0) == (not is_drafted)
+
+
+def test_what_failed_is_tried_again_after_a_long_time():
+    drafter = only_if_faster(SlotModel(max_model_len=10**6), AS_DEAR_AS_A_STEP)
+    lengths = [length for (length,) in run_fixed(drafter, "a", 6000, 0)]
+    assert sum(lengths[:100]) > 0
+    assert 0 < sum(lengths[200:]) < 0.02 * 10 * 5800
+
+
+def test_few_are_drafted_for_and_many_are_not():
+    # Up to 100 rows cost nothing; six requests have less, ten have more.
+    costs = StepCosts([1, 100, 101, 1100], [1.0, 1.0, 2.0, 1001.0], [0.01, 0.01, 0.01, 0.01])
+    drafter = only_if_faster(SlotModel(max_model_len=10**6), costs)
+    few, many = "abcdef", "abcdefghij"
+    assert run_fixed(drafter, few, 3, 5) == [[10] * 6] * 3
+    assert run_fixed(drafter, many, 3, 5) == [[0] * 10] * 3
+    assert drafter.counts["skipped_cost"] == 30
+    for name in many:
+        drafter.release(name)
+    assert run_fixed(drafter, few, 3, 5) == [[10] * 6] * 3
+
+
+def test_only_chains_of_full_length_are_learnt_from():
+    drafter = only_if_faster(SlotModel(max_model_len=10**6), FREE)
+    request = make_request(max_draft=3)
+    for _ in range(50):
+        (draft,) = drafter.propose([request], 10)
+        request = extended(request, [*draft[:1], 3], len(draft))
+    assert len(draft) == 3
+    assert drafter.chains.tokens(10) == 11
+
+
+def test_a_prompt_is_read_where_what_is_left_of_the_answer_pays_for_it():
+    # Three tokens a step for the price of two: half a second is saved for every token, or a little less.
+    costs = replace(AS_DEAR_AS_A_STEP, prompt=10.0)
+    drafter = only_if_faster(SlotModel(max_model_len=10**6), costs)
+    for _ in range(1000):
+        drafter.chains.learn(3, 10)
+    long, short = make_request("long", max_draft=100), make_request("short", max_draft=10)
+    drafts = drafter.propose([long, short], 10)
+    assert [len(draft) for draft in drafts] == [10, 0]
+    assert set(drafter.sequences) == {"long"}
+    assert drafter.counts["skipped_cost"] == 1
+    # What has been read is paid for.
+    almost_done = replace(extended(long, [*drafts[0][:3], 3], 10), max_draft_tokens=10)
+    assert [len(draft) for draft in drafter.propose([almost_done, short], 10)] == [10, 0]
+
+
+def test_after_short_answers_none_is_expected_to_be_long():
+    costs = replace(AS_DEAR_AS_A_STEP, prompt=10.0)
+    drafter = only_if_faster(SlotModel(max_model_len=10**6), costs)
+    drafted = []
+    for number in range(20):
+        drafted += [lengths[0] > 0 for lengths in run_fixed(drafter, str(number % 10), 1, 5)]
+        request = make_request(str(number % 10), max_draft=10**6)
+        drafter.propose([extended(request, [1, 2, 3])], 10)
+        drafter.release(request.req_id)
+    assert drafted[0]
+    assert not any(drafted[1:])
+    # Answers get longer, though nobody drafts for them.
+    for number in range(100):
+        request = make_request(str(number % 10), max_draft=10**6)
+        drafter.propose([extended(request, [1] * 150)], 10)
+        drafter.release(request.req_id)
+    assert run_fixed(drafter, "a", 1, 5) == [[10]]
+
+
+def test_a_session_that_goes_on_with_a_longer_prompt_is_drafted_for_as_before():
+    for is_adaptive in (False, True):
+        drafter = Drafter(
+            SlotModel(confidence=sure), STRATEGIES["uniform"], 0.5, 10**6, is_adaptive=is_adaptive, only_if_faster=True
+        )
+        drafter.costs = FREE
+        request = make_request("a", 20)
+        (draft,) = drafter.propose([request], 4)
+        longer = replace(
+            make_request("a", 30), token_ids=np.append(extended(request, draft).token_ids, range(1, 8)).astype(np.int32)
+        )
+        longer = replace(longer, num_prompt_tokens=30)
+        (again,) = drafter.propose([longer], 4)
+        assert len(again) == 4
+        assert len(drafter.sequences["a"].kept) > len(kept_tokens(request))
 
 
 def test_an_image_may_bear_the_name_of_a_video_that_was_pruned():

@@ -43,7 +43,8 @@ def _ngram(settings: DraftSettings) -> dict[str, Any]:
 def _lvspec(policy: str) -> Callable[[DraftSettings], dict[str, Any]]:
     def config(settings: DraftSettings) -> dict[str, Any]:
         shared = {k: v for k, v in vars(settings).items() if v is not None and k != "more"}
-        return {"method": METHOD, "policy": policy, **shared, **settings.more}
+        # Ways to draft and to verify are compared; to leave off what does not pay is one more.
+        return {"method": METHOD, "policy": policy, "only_if_faster": False, **shared, **settings.more}
 
     return config
 

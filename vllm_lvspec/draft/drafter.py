@@ -16,7 +16,15 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vllm_lvspec.draft.embeddings import EmbeddingCache, KeptEmbeddings
-from vllm_lvspec.draft.length import Acceptance, DraftPlan, RequestHistory, StepCosts
+from vllm_lvspec.draft.length import (
+    Acceptance,
+    Answers,
+    DraftPlan,
+    FixedChains,
+    RequestHistory,
+    StepCosts,
+    seconds_saved,
+)
 from vllm_lvspec.draft.pages import DraftSequence, PagePool
 from vllm_lvspec.draft.pruning import STRATEGIES, Strategy, VideoView, VisualGrid
 from vllm_lvspec.kernels.advance_decode import advance_decode
@@ -143,7 +151,8 @@ class Drafter:
     """Owns the drafter's sequences, their pages and the visual embeddings.
 
     `scores(req_id)`: the target's scores of each item's tokens, None for items where it has none; for strategies that
-    ask the target. `costs`: where they are given, drafts are as long as they pay.
+    ask the target. Once `costs` are known, drafts are only as long as they pay (`is_adaptive`), and where none pays
+    there are none (`only_if_faster`).
     """
 
     def __init__(
@@ -153,14 +162,21 @@ class Drafter:
         ratio: float,
         max_embedding_bytes: int,
         scores: Callable[[str], Sequence[torch.Tensor | None]] | None = None,
+        *,
+        is_adaptive: bool = False,
+        only_if_faster: bool = False,
     ):
         self.model = model
         self.strategy = strategy
         self.ratio = ratio
+        self.is_adaptive = is_adaptive
+        self.only_if_faster = only_if_faster
         self.embeddings = EmbeddingCache(max_embedding_bytes)
         self.sequences: dict[str, DraftSequence] = {}
         self.costs: StepCosts | None = None
         self.acceptance = Acceptance()
+        self.chains = FixedChains()
+        self.answers = Answers()
         self.prefill_seconds = 0.0
         self._scores = scores
         self._prompts: dict[str, _Prompt] = {}
@@ -170,12 +186,18 @@ class Drafter:
 
     def release(self, req_id: str) -> None:
         """Forget a request that has finished, was aborted or preempted; unknown ones are fine."""
+        self._drop(req_id)
+        history = self._histories.pop(req_id, None)
+        if history is not None:
+            self.answers.learn(history.num_emitted)
+        self._undraftable.discard(req_id)
+
+    def _drop(self, req_id: str) -> None:
+        """Give back what the request holds of the cache."""
         sequence = self.sequences.pop(req_id, None)
         if sequence is not None:
             self.model.pool.release(sequence.pages)
         self._prompts.pop(req_id, None)
-        self._histories.pop(req_id, None)
-        self._undraftable.discard(req_id)
 
     def propose(self, requests: Sequence[DraftRequest], num_speculative_tokens: int) -> list[list[int]]:
         """Drafted tokens of each request, at most `num_speculative_tokens`; empty where it can't be drafted for."""
@@ -189,18 +211,17 @@ class Drafter:
                 self.counts["skipped_length"] += 1
             else:
                 wanted.append((length, i))
-        plan = self._plan([requests[i] for _, i in wanted], num_speculative_tokens) if self.costs is not None else None
-        if plan is not None and not plan.is_worth_it():
-            self.counts["skipped_cost"] += len(wanted)
-            self._doubt([requests[i] for _, i in wanted])
-            return drafts
+        if self.costs is not None:
+            for _, i in wanted:
+                self._judge(requests[i], num_speculative_tokens)
+            if self.only_if_faster and wanted:
+                wanted = self._paying(requests, wanted, num_speculative_tokens)
         ready = [(length, i) for length, i in wanted if self._prepare(requests[i], length)]
         if not ready:
             return drafts
         ready.sort(key=lambda pair: -pair[0])
         chosen = [requests[i] for _, i in ready]
-        if plan is not None:
-            plan = self._plan(chosen, num_speculative_tokens)
+        plan = self._plan(chosen, num_speculative_tokens) if self.is_adaptive and self.costs is not None else None
         for (_, i), row in zip(ready, self._draft(chosen, [length for length, _ in ready], plan), strict=True):
             drafts[i] = row
         self.counts["drafted_requests"] += len(ready)
@@ -209,21 +230,51 @@ class Drafter:
 
     # How far ------------------------------------------------------------------------------------------------------
 
-    def _plan(self, requests: Sequence[DraftRequest], max_length: int) -> DraftPlan | None:
-        """What is known of the chances of `requests`, and what drafting for them costs."""
-        if not requests:
-            return None
+    def _judge(self, request: DraftRequest, max_length: int) -> None:
+        """Learn from what became of the request's last draft."""
+        num_tokens = len(request.token_ids)
+        history = self._histories.setdefault(request.req_id, RequestHistory())
+        history.num_emitted = num_tokens - request.num_prompt_tokens
+        if self.is_adaptive:
+            self.acceptance.learn(history, num_tokens, request.num_verified)
+        elif history.num_tokens and request.num_verified == max_length:
+            self.chains.learn(num_tokens - history.num_tokens - 1, max_length)
+        history.num_tokens = num_tokens
+
+    def _paying(
+        self, requests: Sequence[DraftRequest], wanted: list[tuple[int, int]], max_length: int
+    ) -> list[tuple[int, int]]:
+        """Those of `wanted` who get what is left of their answers sooner with drafts, with prompts to be read first."""
         assert self.costs is not None
-        rates = []
-        for request in requests:
-            history = self._histories.setdefault(request.req_id, RequestHistory())
-            self.acceptance.learn(history, len(request.token_ids), request.num_verified)
-            rates.append(history.factor)
-        mean = self.acceptance.mean()
+        candidates = [requests[i] for _, i in wanted]
+        if self.is_adaptive:
+            saved = self._plan(candidates, max_length).seconds_saved()
+        else:
+            contexts = (float(context.sum()) for context in self._contexts(candidates))
+            saved = seconds_saved(self.costs, len(candidates), max_length, self.chains.tokens(max_length), *contexts)
+        paying = []
+        for (length, i), request in zip(wanted, candidates, strict=True):
+            left = self.answers.tokens_left(request.max_draft_tokens + 1)
+            if saved * left > (0.0 if request.req_id in self.sequences else self.costs.prompt):
+                paying.append((length, i))
+        self.counts["skipped_cost"] += len(wanted) - len(paying)
+        if not paying:
+            self._doubt(candidates)
+        return paying
+
+    def _plan(self, requests: Sequence[DraftRequest], max_length: int) -> DraftPlan:
+        """What is known of the chances of `requests`, and what drafting for them costs."""
+        assert self.costs is not None
+        factors = np.array([self._histories[request.req_id].factor for request in requests])
+        rates = np.clip(self.acceptance.mean() * factors, 0, 0.99)
+        return DraftPlan(self.costs, rates, *self._contexts(requests), max_length)
+
+    def _contexts(self, requests: Sequence[DraftRequest]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens in the target's and in the drafter's cache, `[num_requests]` each."""
         target = np.array([len(r.token_ids) for r in requests], dtype=float)
         # A request that is not drafted for yet is taken for one of which nothing is hidden.
         hidden = [s.num_hidden if (s := self.sequences.get(r.req_id)) else 0 for r in requests]
-        return DraftPlan(self.costs, np.clip(mean * np.array(rates), 0, 0.99), target, target - hidden, max_length)
+        return target, target - hidden
 
     def _roll_back(self, request: DraftRequest) -> None:
         """Forget what is not valid in the cache: drafted tokens that were rejected. The newest was never there.
@@ -236,6 +287,9 @@ class Drafter:
     def _doubt(self, requests: Sequence[DraftRequest]) -> None:
         """Nothing is learned of drafts that aren't made, so what was learned before is believed less and less."""
         self.acceptance.fade()
+        self.chains.fade()
+        if self.costs is not None:
+            self.costs = self.costs.faded()
         for request in requests:
             self._histories[request.req_id].fade()
 
@@ -246,7 +300,7 @@ class Drafter:
         req_id = request.req_id
         sequence = self.sequences.get(req_id)
         if sequence is not None and sequence.num_prompt_tokens != request.num_prompt_tokens:
-            self.release(req_id)  # a streaming session has gone on with a longer prompt
+            self._drop(req_id)  # a streaming session has gone on with a longer prompt
             sequence = None
         if req_id in self._undraftable:
             self.counts["skipped_embeddings"] += 1
@@ -276,7 +330,7 @@ class Drafter:
 
     def _give_up(self, req_id: str) -> bool:
         """The request's visual embeddings can't be had; it is not drafted for until it is released."""
-        self.release(req_id)
+        self._drop(req_id)
         self._undraftable.add(req_id)
         self.counts["skipped_embeddings"] += 1
         return False
@@ -407,7 +461,6 @@ class Drafter:
         for row, i in enumerate(active):
             history = self._histories[requests[i].req_id]
             history.confidences = [*history.confidences, probs[row]]
-            history.num_tokens = len(requests[i].token_ids)
             factors[row] = history.factor
         return np.clip(self.acceptance.chances(probs) * factors, 0, 1)
 

@@ -3,12 +3,14 @@
 A chain of K tokens speeds decoding up by `T / (1 + K c + o)`, so a drafted token pays where the chance that it will be
 accepted, over what it costs the drafter and the target, is above what a step yields on average. Chances come from the
 drafter's own confidence and from what became of earlier drafts, costs from a table that was measured at the start.
+Where drafts are of fixed length, the same costs say whether to draft at all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,12 +28,21 @@ _REQUEST_WEIGHT = 16.0
 # No draft at all is preferred to one that promises less than this over it: what is not in the table (metadata, copies,
 # the longer way through the sampler) must be paid, too.
 LEAST_GAIN = 1.05
+# Of chains of fixed length: so many that were accepted whole are taken to have been before the first, so that it is
+# tried; of so many the past consists; and what is left of it after a step without drafts. That is little: to try again
+# costs more than a step, because the drafter has prompts to read.
+_FIRST_CHAINS = 8.0
+_MOST_CHAINS = 256.0
+_CHAINS_FADING = 0.9997
+# Of so many finished answers the length is remembered.
+_MOST_ANSWERS = 64.0
 
 
 @dataclass(frozen=True)
 class StepCosts:
     """Seconds of one forward over so many `rows` (ascending, tokens of all requests together), and more per token of
-    context that all requests' attention reads in it; `overhead`: of a step around its forwards."""
+    context that all requests' attention reads in it; `overhead`: of a step around its forwards; `prompt`: of the
+    drafter's with one request's prompt."""
 
     rows: Sequence[int]
     target: Sequence[float]
@@ -39,12 +50,28 @@ class StepCosts:
     target_per_context: float = 0.0
     draft_per_context: float = 0.0
     overhead: float = 0.0
+    prompt: float = 0.0
+
+    def faded(self) -> StepCosts:
+        """The price of prompts a little lower: it is not taken again while none is read."""
+        return replace(self, prompt=_CHAINS_FADING * self.prompt)
 
     def of_target(self, rows: float | np.ndarray, context: float | np.ndarray = 0.0) -> Any:
         return _interpolate(self.rows, self.target, rows) + self.target_per_context * context
 
     def of_draft(self, rows: float | np.ndarray, context: float | np.ndarray = 0.0) -> Any:
         return _interpolate(self.rows, self.draft, rows) + self.draft_per_context * context
+
+
+def seconds_saved(
+    costs: StepCosts, num_requests: int, length: int, tokens: float, target_context: float, draft_context: float
+) -> float:
+    """By drafts of `length` for all of `num_requests`, per request and emitted token, where `tokens` are emitted per
+    request and step; not above 0 where they don't pay. Contexts are those of all requests together."""
+    alone = costs.overhead + costs.of_target(num_requests, target_context)
+    drafting = length * costs.of_draft(num_requests, draft_context)
+    verifying = costs.overhead + costs.of_target(num_requests * (1 + length), target_context)
+    return (alone - LEAST_GAIN * (drafting + verifying) / tokens) / num_requests
 
 
 def smooth_costs(rows: Sequence[int], seconds: Sequence[float]) -> list[float]:
@@ -71,6 +98,64 @@ def _interpolate(xs: Sequence[float], ys: Sequence[float], x: float | np.ndarray
     return np.interp(x, xs, ys) + slope * np.maximum(np.subtract(x, xs[-1]), 0.0)
 
 
+class RunningMean:
+    """Of what was noted, of which the oldest is forgotten beyond `memory` values; it begins with `weight` values of
+    `start`, and goes back there when it fades. Without these it is infinite before the first."""
+
+    def __init__(self, memory: float, start: float = math.inf, weight: float = 0.0):
+        self.memory = memory
+        self.start = start
+        self.weight = weight
+        self.total = start * weight if weight else 0.0
+        self.count = weight
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else self.start
+
+    def note(self, value: float) -> None:
+        self.total, self.count = self.total + value, self.count + 1
+        if self.count > self.memory:
+            self.total, self.count = self.mean * self.memory, self.memory
+
+    def fade(self, left: float) -> None:
+        more = (1 - left) * self.weight
+        self.total, self.count = left * self.total + more * self.start, left * self.count + more
+
+
+class FixedChains:
+    """What becomes of drafts of fixed length: the share of their tokens that is accepted."""
+
+    def __init__(self) -> None:
+        self._share = RunningMean(_MOST_CHAINS, 1.0, _FIRST_CHAINS)
+
+    def tokens(self, length: int) -> float:
+        """What a step emits for a request with `length` drafted tokens, the target's own among them."""
+        return 1 + length * self._share.mean
+
+    def learn(self, num_accepted: int, length: int) -> None:
+        self._share.note(num_accepted / length)
+
+    def fade(self) -> None:
+        """Go a little way back to the beginning: times may have changed."""
+        self._share.fade(_CHAINS_FADING)
+
+
+class Answers:
+    """How much there is to be won by reading a prompt for a request."""
+
+    def __init__(self) -> None:
+        self._length = RunningMean(_MOST_ANSWERS)
+
+    def learn(self, num_tokens: int) -> None:
+        """Of a request that has finished."""
+        self._length.note(num_tokens)
+
+    def tokens_left(self, most: int) -> float:
+        """Expected of a request that has room for `most`. Who has said much will not have less to say."""
+        return min(most, self._length.mean)
+
+
 @dataclass
 class RequestHistory:
     """Judged drafts of one request: how many tokens were accepted, and how many were expected to be."""
@@ -81,6 +166,7 @@ class RequestHistory:
     # Of the newest draft, which has not been judged: confidences, and how many tokens the request had then.
     confidences: Sequence[float] = field(default_factory=list)
     num_tokens: int = 0
+    num_emitted: int = 0
 
     @property
     def factor(self) -> float:
@@ -166,20 +252,16 @@ class DraftPlan:
         self.rows = float(len(rates))
         self.cost = costs.overhead + costs.of_target(self.rows, self._target_context)
 
-    def is_worth_it(self) -> bool:
-        """Whether any length promises more tokens a second than no draft at all."""
-        num = len(self.rates)
-        alone = num / self.cost
-        tokens, drafting, best = float(num), 0.0, 0.0
+    def seconds_saved(self) -> float:
+        """`seconds_saved` by the best length for all."""
+        num, context = len(self.rates), float(self.draft_context.sum())
+        tokens, best = float(num), -math.inf
         survival = np.ones(num)
-        step = self.costs.of_draft(num, float(self.draft_context.sum()))
         for length in range(1, self.max_length + 1):
             survival *= self.rates
             tokens += float(survival.sum())
-            drafting += step
-            verifying = self.costs.overhead + self.costs.of_target(num * (1 + length), self._target_context)
-            best = max(best, tokens / (drafting + verifying))
-        return best > LEAST_GAIN * alone
+            best = max(best, seconds_saved(self.costs, num, length, tokens / num, self._target_context, context))
+        return best
 
     def take(self, requests: np.ndarray, chances: np.ndarray) -> None:
         """Count one drafted token, accepted with `chances`, for each of `requests` (indices)."""

@@ -31,6 +31,7 @@ from vllm_lvspec.engine.draft_model import PromptView, SelfDraftModel, VLLMDraft
 logger = init_logger("vllm.lvspec")
 
 STEPS_MEASURED = 16  # for what a step takes beside forwards
+FEW_PROMPTS = 4
 NUM_MEASURED = 6  # times that a forward is timed
 CONTEXT_MEASURED = 4096  # tokens in the cache, at most, for what they cost
 SLOW_ENOUGH = 2.0  # seconds of a forward behind which more rows are not measured
@@ -50,6 +51,8 @@ class LVSpecProposer:
         self._grids: OrderedDict[str, VisualGrid] = OrderedDict()
         self.block_table: BlockTable | None = None
         self._overheads: list[float] = []
+        # Prompts that the drafter had read, and seconds that it had taken for them, when their price was last taken.
+        self._prompts_read: tuple[int, float] | None = None
 
     def connect(
         self, encoder_cache: Mapping[str, torch.Tensor], scores: Callable[[str], Sequence[torch.Tensor | None]]
@@ -81,6 +84,8 @@ class LVSpecProposer:
             self.config.pruning_ratio,
             int(self.config.embedding_cache_gib * GiB_bytes),
             self._scores,
+            is_adaptive=self.config.draft_length == "adaptive",
+            only_if_faster=self.config.only_if_faster,
         )
 
     @contextmanager
@@ -127,8 +132,8 @@ class LVSpecProposer:
         ]
         self.drafter.costs = get_tp_group().broadcast_object(StepCosts(rows, target, draft, *per_context), src=0)
         logger.info_once(
-            "lvspec: draft_length=adaptive: a drafted token costs the drafter %.3f of a step of the target; %d rows "
-            "cost the target %.2f times one.",
+            "lvspec: a drafted token costs the drafter %.3f of a step of the target; %d rows cost the target %.2f "
+            "times one.",
             draft[0] / target[0],
             rows[-1],
             target[-1] / target[0],
@@ -148,6 +153,20 @@ class LVSpecProposer:
             # A low one: in between there may have been nothing to do.
             overhead = max(0.0, sorted(self._overheads)[STEPS_MEASURED // 4])
             self.drafter.costs = replace(costs, overhead=get_tp_group().broadcast_object(overhead, src=0))
+
+    def _note_prompts(self) -> None:
+        """Take the price of the drafter's prompts: of the 2nd to 4th, then anew whenever twice as many were read."""
+        assert self.drafter is not None
+        costs, num = self.drafter.costs, self.drafter.counts["prefills"]
+        if costs is None or not num:
+            return
+        if self._prompts_read is None:  # the first has paid for whatever is done once
+            self._prompts_read = num, self.drafter.prefill_seconds
+        before, seconds = self._prompts_read
+        if num >= max(2 * before, FEW_PROMPTS):
+            price = (self.drafter.prefill_seconds - seconds) / (num - before)
+            self.drafter.costs = replace(costs, prompt=get_tp_group().broadcast_object(price, src=0))
+            self._prompts_read = num, self.drafter.prefill_seconds
 
     def release(self, req_id: str) -> None:
         """Forget a request that has finished, was aborted or preempted."""
@@ -191,6 +210,7 @@ class LVSpecProposer:
             indices, self.drafter.propose(batch, scheduler_output.num_spec_tokens_to_schedule), strict=True
         ):
             drafts[i] = draft
+        self._note_prompts()
         return drafts
 
     def _request(self, state: CachedRequestState, token_ids: np.ndarray, num_verified: int, row: int) -> DraftRequest:

@@ -158,7 +158,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
 
     def measure_costs(self) -> None:
         """Time forwards of target and drafter, so that the drafter knows what another token costs."""
-        if self.drafter.config.draft_length == "adaptive":
+        if self.drafter.config.draft_length == "adaptive" or self.drafter.config.only_if_faster:
             self.drafter.measure_costs(self._target_seconds, self._num_rows_measured())
 
     def _num_rows_measured(self) -> list[int]:
