@@ -3,8 +3,10 @@
 import itertools
 import json
 import os
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from vllm_lvspec.bench import run
 from vllm_lvspec.bench.command import (
     BenchError,
     BenchOptions,
@@ -505,3 +508,57 @@ def test_every_policy_of_the_verifier_is_a_peer():
             parsed = LVSpecConfig.parse(config(settings))
             assert (parsed.policy, parsed.model, parsed.num_speculative_tokens) == (name, "DRAFT", 6)
             assert (parsed.pruning, parsed.pruning_ratio) == ("none", 0.5)
+
+
+class StepEngine:
+    """Its requests take two steps of 20 ms each, so that those that begin together end together."""
+
+    def __init__(self):
+        self.llm_engine = self
+        self.steps_left: dict[str, int] = {}
+        self.seconds = 0.0
+
+    def add_request(self, request_id, inputs, params):
+        self.steps_left[request_id] = 2
+
+    def step(self):
+        time.sleep(0.02)
+        self.seconds += 0.02
+        completion = SimpleNamespace(token_ids=[1, 2], text="", finish_reason="stop")
+        outputs = []
+        for name in list(self.steps_left):
+            self.steps_left[name] -= 1
+            finished = self.steps_left[name] == 0
+            outputs.append(SimpleNamespace(request_id=name, finished=finished, outputs=[completion]))
+            if finished:
+                del self.steps_left[name]
+        return outputs
+
+
+def read_slowly(sample):
+    time.sleep(0.05)
+    return {"multi_modal_data": {"video": [(np.zeros(100, np.uint8), {})]}}
+
+
+def test_videos_are_read_ahead_as_many_as_there_is_room_for(monkeypatch):
+    monkeypatch.setattr(run, "_has_plugin", lambda llm: False)
+    monkeypatch.setattr(run, "PREPARED_BYTES", 250)
+    read = []
+    samples = [SimpleNamespace(name=str(i)) for i in range(7)]
+    answers = run._ask(StepEngine(), "ar", samples, lambda s: read.append(s.name) or read_slowly(s), 2, 8, 0)
+    assert [(answer.sample, len(read)) for answer in answers] == [
+        *[(name, 3) for name in "012"], *[(name, 6) for name in "345"], ("6", 7)
+    ]  # fmt: skip
+
+
+def test_answers_that_end_in_one_step_share_its_seconds_and_while_nothing_runs_the_clock_stands(monkeypatch):
+    monkeypatch.setattr(run, "_has_plugin", lambda llm: False)
+    engine = StepEngine()
+    samples = [SimpleNamespace(name=str(i)) for i in range(6)]
+    answers = []
+    for answer in run._ask(engine, "ar", samples, read_slowly, 3, 8, 0):
+        time.sleep(0.05)
+        answers.append(answer)
+    assert [a.sample for a in answers] == list("012345")
+    assert [a.wall_seconds > 0 for a in answers] == [True, False, False] * 2
+    assert sum(a.wall_seconds for a in answers) == pytest.approx(engine.seconds, abs=0.04)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from vllm_lvspec.config import METHOD
 
 NUM_WARM_UP = 2  # first requests of an engine are slower; these are asked and forgotten
 _WARM_UP_TOKENS = 32
+PREPARED_BYTES = 1 << 30  # of frames that are read before questions about them are asked
 
 
 @dataclass(frozen=True)
@@ -217,10 +218,27 @@ def _counters(llm: Any) -> tuple[dict[str, float], list[int]] | None:
     return llm.collective_rpc("lvspec_step_times")[0], llm.collective_rpc("lvspec_stats")[0]["relevance_counts"]
 
 
-def _reasons(llm: Any, request_id: str) -> dict[str, int]:
-    """Of a request that has just finished. vLLM's own name for it is longer by a dash and some letters."""
-    counts = llm.collective_rpc("lvspec_reasons")[0]
-    return [row for name, row in counts.items() if request_id in (name, name.rpartition("-")[0])][-1]
+def _with_reasons(llm: Any, answers: Sequence[Answer]) -> list[Answer]:
+    """Of requests that have finished lately. vLLM's own names for them are longer by a dash and some letters."""
+    if not answers or not _has_plugin(llm):
+        return list(answers)
+    reasons: dict[str, dict[str, int]] = {}
+    for name, counts in llm.collective_rpc("lvspec_reasons")[0].items():
+        reasons[name] = reasons[name.rpartition("-")[0]] = counts
+    return [replace(answer, reasons=reasons[answer.sample]) for answer in answers]
+
+
+def _prepared(
+    waiting: Iterator[Sample], prompt: Callable[[Sample], dict[str, Any]]
+) -> deque[tuple[Sample, dict[str, Any]]]:
+    """The next inputs, with as many videos as fit into `PREPARED_BYTES`, one at least."""
+    ready: deque[tuple[Sample, dict[str, Any]]] = deque()
+    num_bytes = 0
+    while num_bytes < PREPARED_BYTES and (sample := next(waiting, None)) is not None:
+        inputs = prompt(sample)
+        num_bytes += sum(frames.nbytes for frames, _ in inputs["multi_modal_data"]["video"])
+        ready.append((sample, inputs))
+    return ready
 
 
 def _ask(
@@ -241,11 +259,22 @@ def _ask(
 
     engine = llm.llm_engine
     waiting = iter(samples)
+    ready: deque[tuple[Sample, dict[str, Any]]] = deque()
     running: dict[str, tuple[Sample, float, float, int]] = {}
-    before = time.perf_counter()
+    finished: list[Answer] = []
+    before = 0.0
     while True:
-        while len(running) < batch_size and (sample := next(waiting, None)) is not None:
-            inputs = prompt(sample)
+        # The engine goes on by itself in its own process, so that the clock may stand still only where nothing runs; to
+        # ask for reasons more often than has to be would be in the way.
+        if not running or len(finished) >= batch_size:
+            yield from _with_reasons(llm, finished)
+            finished.clear()
+        if not running:
+            if not ready:
+                ready = _prepared(waiting, prompt)
+            before = time.perf_counter()
+        while ready and len(running) < batch_size:
+            sample, inputs = ready.popleft()
             arrived = time.perf_counter()
             params = SamplingParams(temperature=0, max_tokens=max_tokens, min_tokens=min_tokens)
             engine.add_request(sample.name, inputs, params)
@@ -261,7 +290,7 @@ def _ask(
             if output.finished:
                 del running[output.request_id]
                 completion = output.outputs[0]
-                yield Answer(
+                answer = Answer(
                     policy=policy,
                     sample=sample.name,
                     token_ids=list(completion.token_ids),
@@ -271,6 +300,6 @@ def _ask(
                     last_token_seconds=now - arrived,
                     finish_reason=str(completion.finish_reason),
                     wall_seconds=now - before,
-                    reasons=_reasons(llm, sample.name) if _has_plugin(llm) else None,
                 )
-                before = time.perf_counter()
+                finished.append(answer)
+                before = now

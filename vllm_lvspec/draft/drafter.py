@@ -19,6 +19,7 @@ from vllm_lvspec.draft.embeddings import EmbeddingCache, KeptEmbeddings
 from vllm_lvspec.draft.length import (
     Acceptance,
     Answers,
+    Corrections,
     DraftPlan,
     FixedChains,
     RequestHistory,
@@ -177,7 +178,9 @@ class Drafter:
         self.acceptance = Acceptance()
         self.chains = FixedChains()
         self.answers = Answers()
+        self.corrections = Corrections()
         self.prefill_seconds = 0.0
+        self.foretold_seconds = 0.0  # what its forwards should take by `costs`, prompts apart
         self._scores = scores
         self._prompts: dict[str, _Prompt] = {}
         self._histories: dict[str, RequestHistory] = {}
@@ -245,17 +248,17 @@ class Drafter:
         self, requests: Sequence[DraftRequest], wanted: list[tuple[int, int]], max_length: int
     ) -> list[tuple[int, int]]:
         """Those of `wanted` who get what is left of their answers sooner with drafts, with prompts to be read first."""
-        assert self.costs is not None
         candidates = [requests[i] for _, i in wanted]
+        costs = self._costs_now(len(candidates))
         if self.is_adaptive:
             saved = self._plan(candidates, max_length).seconds_saved()
         else:
             contexts = (float(context.sum()) for context in self._contexts(candidates))
-            saved = seconds_saved(self.costs, len(candidates), max_length, self.chains.tokens(max_length), *contexts)
+            saved = seconds_saved(costs, len(candidates), max_length, self.chains.tokens(max_length), *contexts)
         paying = []
         for (length, i), request in zip(wanted, candidates, strict=True):
             left = self.answers.tokens_left(request.max_draft_tokens + 1)
-            if saved * left > (0.0 if request.req_id in self.sequences else self.costs.prompt):
+            if saved * left > (0.0 if request.req_id in self.sequences else costs.prompt):
                 paying.append((length, i))
         self.counts["skipped_cost"] += len(wanted) - len(paying)
         if not paying:
@@ -264,10 +267,13 @@ class Drafter:
 
     def _plan(self, requests: Sequence[DraftRequest], max_length: int) -> DraftPlan:
         """What is known of the chances of `requests`, and what drafting for them costs."""
-        assert self.costs is not None
         factors = np.array([self._histories[request.req_id].factor for request in requests])
         rates = np.clip(self.acceptance.mean() * factors, 0, 0.99)
-        return DraftPlan(self.costs, rates, *self._contexts(requests), max_length)
+        return DraftPlan(self._costs_now(len(requests)), rates, *self._contexts(requests), max_length)
+
+    def _costs_now(self, num_requests: int) -> StepCosts:
+        assert self.costs is not None
+        return self.corrections.applied(self.costs, num_requests)
 
     def _contexts(self, requests: Sequence[DraftRequest]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens in the target's and in the drafter's cache, `[num_requests]` each."""
@@ -288,6 +294,7 @@ class Drafter:
         """Nothing is learned of drafts that aren't made, so what was learned before is believed less and less."""
         self.acceptance.fade()
         self.chains.fade()
+        self.corrections.fade()
         if self.costs is not None:
             self.costs = self.costs.faded()
         for request in requests:
@@ -416,6 +423,9 @@ class Drafter:
         active = np.arange(len(requests))
         rows_of_requests = [active]
         newest, batch = first, None
+        costs = self._costs_now(len(requests)) if self.costs is not None else None
+        contexts = self._contexts(requests)[1]
+        self._foretell(costs, contexts)
         for step in range(1, lengths[0]):
             going_on = active[[lengths[i] > step for i in active]]
             if plan is not None:
@@ -438,6 +448,7 @@ class Drafter:
             active = going_on
             newest = self.model.forward(batch, batch.query_starts_cpu[1:] - 1, plan is not None)
             self.counts["forwards"] += 1
+            self._foretell(costs, contexts[active])
             drafted.append(newest)
             rows_of_requests.append(active)
         else:
@@ -452,6 +463,11 @@ class Drafter:
             # What the target has made of the newest token, with the whole video before it, will be better.
             sequence.num_cached += -1 if self.model.copies else len(draft) - 1
         return drafts
+
+    def _foretell(self, costs: StepCosts | None, contexts: np.ndarray) -> None:
+        """Add what a forward over one token of each request should take, `contexts [num_requests]` in its cache."""
+        if costs is not None:
+            self.foretold_seconds += float(costs.of_draft(len(contexts), contexts.sum()))
 
     def _note_chances(self, requests: list[DraftRequest], active: np.ndarray, newest: Drafted) -> np.ndarray:
         """Keep the confidences of the newest drafted tokens; the chances that these are accepted, `[num_active]`."""

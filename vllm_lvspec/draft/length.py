@@ -9,6 +9,7 @@ Where drafts are of fixed length, the same costs say whether to draft at all.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,6 +35,9 @@ LEAST_GAIN = 1.05
 _FIRST_CHAINS = 8.0
 _MOST_CHAINS = 256.0
 _CHAINS_FADING = 0.9997
+# After so many steps costs are corrected by what these took, by so much at most.
+_FEW_STEPS = 16
+_MOST_CORRECTED = 16.0
 # Of so many finished answers the length is remembered.
 _MOST_ANSWERS = 64.0
 
@@ -41,20 +45,34 @@ _MOST_ANSWERS = 64.0
 @dataclass(frozen=True)
 class StepCosts:
     """Seconds of one forward over so many `rows` (ascending, tokens of all requests together), and more per token of
-    context that all requests' attention reads in it; `overhead`: of a step around its forwards; `prompt`: of the
-    drafter's with one request's prompt."""
+    context that all requests' attention reads in it; `target_per_row_context`: more per token of context and row beyond
+    a request's first, which is nothing where attention waits for memory; `overhead`: of a step around its forwards;
+    `prompt`: of the drafter's with one request's prompt."""
 
     rows: Sequence[int]
     target: Sequence[float]
     draft: Sequence[float]
     target_per_context: float = 0.0
     draft_per_context: float = 0.0
+    target_per_row_context: float = 0.0
     overhead: float = 0.0
     prompt: float = 0.0
 
     def faded(self) -> StepCosts:
         """The price of prompts a little lower: it is not taken again while none is read."""
         return replace(self, prompt=_CHAINS_FADING * self.prompt)
+
+    def scaled(self, target: float, draft: float) -> StepCosts:
+        """Of a machine that takes so many times as long for the target's part of a step, and for the drafter's."""
+        return replace(
+            self,
+            target=[target * seconds for seconds in self.target],
+            draft=[draft * seconds for seconds in self.draft],
+            target_per_context=target * self.target_per_context,
+            draft_per_context=draft * self.draft_per_context,
+            target_per_row_context=target * self.target_per_row_context,
+            overhead=target * self.overhead,
+        )
 
     def of_target(self, rows: float | np.ndarray, context: float | np.ndarray = 0.0) -> Any:
         return _interpolate(self.rows, self.target, rows) + self.target_per_context * context
@@ -71,6 +89,7 @@ def seconds_saved(
     alone = costs.overhead + costs.of_target(num_requests, target_context)
     drafting = length * costs.of_draft(num_requests, draft_context)
     verifying = costs.overhead + costs.of_target(num_requests * (1 + length), target_context)
+    verifying += costs.target_per_row_context * length * target_context
     return (alone - LEAST_GAIN * (drafting + verifying) / tokens) / num_requests
 
 
@@ -96,6 +115,45 @@ def _interpolate(xs: Sequence[float], ys: Sequence[float], x: float | np.ndarray
     """Between the points, and on in a line behind the last."""
     slope = (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]) if len(xs) > 1 else ys[-1] / xs[-1]
     return np.interp(x, xs, ys) + slope * np.maximum(np.subtract(x, xs[-1]), 0.0)
+
+
+class Corrections:
+    """How many times as long as foretold steps take, by the last few of about as many requests.
+
+    A table that is measured at the start knows nothing of what steps do around their forwards, of caches that hold
+    other requests' keys by then, or of what else the machine has got to do.
+    """
+
+    def __init__(self) -> None:
+        self._factors: dict[tuple[str, int], float] = {}
+        self._ratios: dict[tuple[str, int], list[float]] = defaultdict(list)
+
+    def applied(self, costs: StepCosts, num_requests: int) -> StepCosts:
+        """`costs` of steps of so many requests."""
+        size = num_requests.bit_length()
+        return costs.scaled(self._factors.get(("target", size), 1.0), self._factors.get(("draft", size), 1.0))
+
+    def note(self, part: str, num_requests: int, seconds: float, foretold: float) -> float | None:
+        """A step's target's or drafter's part took `seconds`: what `correct` is to be told, once in a while."""
+        ratios = self._ratios[part, num_requests.bit_length()]
+        ratios.append(seconds / foretold)
+        if len(ratios) < _FEW_STEPS:
+            return None
+        factor = float(np.median(ratios))
+        ratios.clear()
+        return factor
+
+    def correct(self, part: str, num_requests: int, factor: float) -> None:
+        """Steps of so many requests take `factor` times as long as foretold, which was corrected before."""
+        key = part, num_requests.bit_length()
+        corrected = factor * self._factors.get(key, 1.0)
+        self._factors[key] = min(max(corrected, 1 / _MOST_CORRECTED), _MOST_CORRECTED)
+
+    def fade(self) -> None:
+        """Go a little way back to the beginning: nothing is learned of drafting without it."""
+        for key in self._factors:
+            if key[0] == "draft":
+                self._factors[key] **= _CHAINS_FADING
 
 
 class RunningMean:
@@ -244,23 +302,23 @@ class DraftPlan:
     ):
         self.costs = costs
         self.rates = rates
+        self.target_context = target_context
         self.draft_context = draft_context
         self.max_length = max_length
-        self._target_context = float(target_context.sum())
         self.survival = np.ones(len(rates))  # the chance that all that was drafted so far will be accepted
         self.tokens = float(len(rates))  # expected from this step; each request gets one of the target's own
         self.rows = float(len(rates))
-        self.cost = costs.overhead + costs.of_target(self.rows, self._target_context)
+        self.cost = costs.overhead + costs.of_target(self.rows, float(target_context.sum()))
 
     def seconds_saved(self) -> float:
         """`seconds_saved` by the best length for all."""
-        num, context = len(self.rates), float(self.draft_context.sum())
+        num, contexts = len(self.rates), (float(self.target_context.sum()), float(self.draft_context.sum()))
         tokens, best = float(num), -math.inf
         survival = np.ones(num)
         for length in range(1, self.max_length + 1):
             survival *= self.rates
             tokens += float(survival.sum())
-            best = max(best, seconds_saved(self.costs, num, length, tokens / num, self._target_context, context))
+            best = max(best, seconds_saved(self.costs, num, length, tokens / num, *contexts))
         return best
 
     def take(self, requests: np.ndarray, chances: np.ndarray) -> None:
@@ -269,6 +327,7 @@ class DraftPlan:
         self.tokens += float(self.survival[requests].sum())
         self.cost += self.costs.of_draft(len(requests), self.draft_context[requests].sum())
         self.cost += self.costs.of_target(self.rows + len(requests)) - self.costs.of_target(self.rows)
+        self.cost += self.costs.target_per_row_context * self.target_context[requests].sum()
         self.rows += len(requests)
 
     def going_on(self, requests: np.ndarray) -> np.ndarray:
@@ -279,6 +338,7 @@ class DraftPlan:
         tokens = self.tokens + gains[order].cumsum()
         drafting = self.costs.of_draft(counts, self.draft_context[requests[order]].cumsum())
         verifying = self.costs.of_target(self.rows + counts) - self.costs.of_target(self.rows)
+        verifying += self.costs.target_per_row_context * self.target_context[requests[order]].cumsum()
         rates = tokens / (self.cost + drafting + verifying)
         best = int(rates.argmax())
         chosen = best + 1 if rates[best] > self.tokens / self.cost else 0

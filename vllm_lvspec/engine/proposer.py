@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ logger = init_logger("vllm.lvspec")
 STEPS_MEASURED = 16  # for what a step takes beside forwards
 FEW_PROMPTS = 4
 NUM_MEASURED = 6  # times that a forward is timed
+SEVERAL = 32  # requests whose keys are read together to see what that takes
 CONTEXT_MEASURED = 4096  # tokens in the cache, at most, for what they cost
 SLOW_ENOUGH = 2.0  # seconds of a forward behind which more rows are not measured
 NUM_GRIDS = 4096  # of videos that were seen
@@ -104,55 +106,78 @@ class LVSpecProposer:
         assert self.drafter is not None
         self.drafter.model.profile()
 
-    def measure_costs(self, target_seconds: Callable[[int, int], float], num_rows: Sequence[int]) -> None:
+    def measure_costs(self, target_seconds: Callable[[int, int, int], float], num_rows: Sequence[int]) -> None:
         """Time forwards over `num_rows` (ascending) tokens; all ranks then go by the first rank's clock.
 
-        `target_seconds(num_rows, context)`: what the target takes for so many tokens of as many requests, each with so
-        many in its cache.
+        `target_seconds(num_requests, rows_each, context)`: what the target takes for so many tokens of each of so many
+        requests, which have so many in their cache; there are one or `1 + K` tokens of each.
         """
         assert self.drafter is not None
         model = self.drafter.model
         assert isinstance(model, VLLMDraftModel)
         most = self.vllm_config.scheduler_config.max_num_seqs
+        chain = 1 + self.config.num_speculative_tokens
         context = min(CONTEXT_MEASURED, model.max_model_len - 1, model.pool.num_pages * model.pool.page_size - 1)
         rows: list[int] = []
         target: list[float] = []
         draft: list[float] = []
         for count in num_rows:
             rows.append(count)
-            target.append(_fastest(target_seconds, count, 1))
+            target.append(_fastest(target_seconds, count, 1, 1))
             # More rows than requests are none that it ever decodes.
             draft.append(_fastest(model.decode_seconds, min(count, most), 1))
             if get_tp_group().broadcast_object(target[-1] > SLOW_ENOUGH, src=0):
                 break
         target, draft = smooth_costs(rows, target), smooth_costs(rows, draft)
-        per_context = [
-            max(0.0, _fastest(seconds, 1, context) - short) / context
-            for seconds, short in ((target_seconds, target[0]), (model.decode_seconds, draft[0]))
-        ]
-        self.drafter.costs = get_tp_group().broadcast_object(StepCosts(rows, target, draft, *per_context), src=0)
+        # One request's keys are read too fast to be told from nothing.
+        several = max(1, min(most, rows[-1] // chain, SEVERAL))
+        target_context = _per_context(target_seconds, several, 1, context=context) / several
+        chain_context = _per_context(target_seconds, several, chain, context=context) / several
+        costs = StepCosts(
+            rows,
+            target,
+            draft,
+            target_per_context=target_context,
+            draft_per_context=_per_context(model.decode_seconds, several, context=context) / several,
+            target_per_row_context=max(0.0, chain_context - target_context) / (chain - 1),
+        )
+        self.drafter.costs = get_tp_group().broadcast_object(costs, src=0)
         logger.info_once(
             "lvspec: a drafted token costs the drafter %.3f of a step of the target; %d rows cost the target %.2f "
-            "times one.",
+            "times one, and those of a draft %.2f times one where they read a context of %d tokens.",
             draft[0] / target[0],
             rows[-1],
             target[-1] / target[0],
+            (costs.of_target(chain) + chain_context * context) / (target[0] + target_context * context),
+            context,
         )
 
-    def note_step(self, seconds: float, num_rows: int, context: int) -> None:
+    def note_step(self, seconds: float, num_requests: int, num_rows: int, context: int) -> None:
         """A step with nothing to prefill took `seconds` without its drafting, from its start to that of the next.
 
-        From the first such steps follows what a step takes beside forwards; the tables are left alone after that.
+        From the first such steps follows what a step takes beside forwards; further ones correct the tables.
         """
         assert self.drafter is not None
-        costs = self.drafter.costs
-        if costs is None or len(self._overheads) == STEPS_MEASURED:
+        if self.drafter.costs is None:
             return
-        self._overheads.append(seconds - costs.of_target(num_rows, context))
+        costs = self.drafter.corrections.applied(self.drafter.costs, num_requests)
+        foretold = costs.overhead + costs.of_target(num_rows, context)
+        foretold += costs.target_per_row_context * (num_rows / num_requests - 1) * context
+        if len(self._overheads) == STEPS_MEASURED:
+            self._correct("target", num_requests, seconds, foretold)
+            return
+        self._overheads.append(seconds - foretold)
         if len(self._overheads) == STEPS_MEASURED:
             # A low one: in between there may have been nothing to do.
             overhead = max(0.0, sorted(self._overheads)[STEPS_MEASURED // 4])
-            self.drafter.costs = replace(costs, overhead=get_tp_group().broadcast_object(overhead, src=0))
+            self.drafter.costs = replace(self.drafter.costs, overhead=get_tp_group().broadcast_object(overhead, src=0))
+
+    def _correct(self, part: str, num_requests: int, seconds: float, foretold: float) -> None:
+        """All ranks note the same steps, and go by the first one's clock."""
+        assert self.drafter is not None
+        corrections = self.drafter.corrections
+        if (factor := corrections.note(part, num_requests, seconds, foretold)) is not None:
+            corrections.correct(part, num_requests, get_tp_group().broadcast_object(factor, src=0))
 
     def _note_prompts(self) -> None:
         """Take the price of the drafter's prompts: of the 2nd to 4th, then anew whenever twice as many were read."""
@@ -196,6 +221,8 @@ class LVSpecProposer:
         assert self.drafter is not None and self._step is not None
         scheduler_output, req_ids, states = self._step
         self._step = None
+        started = time.perf_counter()
+        foretold, num_prompts = self.drafter.foretold_seconds, self.drafter.counts["prefills"]
         indices, batch = [], []
         for i, (req_id, sampled) in enumerate(zip(req_ids, sampled_token_ids, strict=False)):
             if not sampled:
@@ -211,6 +238,10 @@ class LVSpecProposer:
         ):
             drafts[i] = draft
         self._note_prompts()
+        foretold = self.drafter.foretold_seconds - foretold
+        if foretold and self.drafter.counts["prefills"] == num_prompts:
+            num_drafted = sum(map(bool, drafts))
+            self._correct("draft", num_drafted, time.perf_counter() - started, foretold)
         return drafts
 
     def _request(self, state: CachedRequestState, token_ids: np.ndarray, num_verified: int, row: int) -> DraftRequest:
@@ -267,9 +298,14 @@ class LVSpecProposer:
         }
 
 
-def _fastest(seconds: Callable[[int, int], float], num_rows: int, context: int) -> float:
+def _fastest(seconds: Callable[..., float], *batch: int) -> float:
     """Of a few times, the least: whatever else the machine does only adds to it."""
-    return min(seconds(num_rows, context) for _ in range(NUM_MEASURED))
+    return min(seconds(*batch) for _ in range(NUM_MEASURED))
+
+
+def _per_context(seconds: Callable[..., float], *batch: int, context: int) -> float:
+    """How much more a forward takes for each token in the cache."""
+    return max(0.0, _fastest(seconds, *batch, context) - _fastest(seconds, *batch, 1)) / context
 
 
 def embedded_rows(feature: MultiModalFeatureSpec) -> np.ndarray:

@@ -45,8 +45,9 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         super().__init__(*args, **kwargs)
         self.step_times = StepTimes()
         self._step_started: float | None = None
-        # Of a step with nothing to prefill: its start, moved on by its drafting's time, its rows, tokens of context.
-        self._last_step: tuple[float, int, int] | None = None
+        # Of a step with nothing to prefill: its start, moved on by its drafting's time, its requests, their rows and
+        # tokens of context.
+        self._last_step: tuple[float, int, int, int] | None = None
         self.verification = Verification(self)
         self.rejection_sampler = LVSpecRejectionSampler(
             self.sampler, self.speculative_config, self.device, self.verification
@@ -130,7 +131,13 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             seconds = time.perf_counter() - before
             self.step_times.draft_seconds += seconds
             context = int(self.input_batch.num_tokens_no_spec[: self.input_batch.num_reqs].sum())
-            self._last_step = self._step_started + seconds, scheduler_output.total_num_scheduled_tokens, context
+            num_rows = scheduler_output.total_num_scheduled_tokens
+            self._last_step = (
+                self._step_started + seconds,
+                len(scheduler_output.num_scheduled_tokens),
+                num_rows,
+                context,
+            )
             self.step_times.requests += len(drafts)
             self.step_times.drafted_tokens += sum(len(draft) for draft in drafts)
         return drafts
@@ -166,10 +173,17 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         most = min(chains, self.scheduler_config.max_num_batched_tokens)
         return sorted({most, *(1 << i for i in range(most.bit_length()))})
 
-    def _target_seconds(self, num_rows: int, context: int) -> float:
+    def _target_seconds(self, num_requests: int, rows_each: int, context: int) -> float:
         self._sync_device()
+        num_rows = num_requests * rows_each
         started = time.perf_counter()
-        hidden, _ = self._dummy_run(num_rows, force_attention=True, profile_seq_lens=context, skip_eplb=True)
+        hidden, _ = self._dummy_run(
+            num_rows,
+            force_attention=True,
+            uniform_decode=rows_each > 1,
+            profile_seq_lens=max(context, rows_each),
+            skip_eplb=True,
+        )
         self.model.compute_logits(hidden[:num_rows])
         self._sync_device()
         return time.perf_counter() - started
