@@ -13,4 +13,5 @@ RANDOM_COSTS = st.builds(
     st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3).map(sorted),
     st.floats(0, 1e-3),
     st.floats(0, 1e-3),
+    st.floats(0, 1e-3),
 )

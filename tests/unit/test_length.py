@@ -16,6 +16,7 @@ from vllm_lvspec.draft.length import (
     LEAST_GAIN,
     Acceptance,
     Answers,
+    Corrections,
     DraftPlan,
     FixedChains,
     RequestHistory,
@@ -236,16 +237,53 @@ def test_much_is_left_of_an_answer_until_others_were_short():
 
 
 @settings(max_examples=200, deadline=None)
-@given(RANDOM_COSTS, st.integers(1, 64), st.integers(1, 12), st.floats(0, 1), st.floats(0, 5000), st.floats(0, 2))
-def test_seconds_saved_are_those_between_two_ways_to_the_same_tokens(costs, num, length, share, context, overhead):
-    costs = replace(costs, overhead=overhead)
+@given(RANDOM_COSTS, st.integers(1, 64), st.integers(1, 12), st.floats(0, 1), st.floats(0, 5000), st.floats(0, 1e-3))
+def test_seconds_saved_are_those_between_two_ways_to_the_same_tokens(costs, num, length, share, context, per_row):
+    costs = replace(costs, target_per_row_context=per_row)
     tokens, many = 1 + share * length, 1000
-    alone = many * (overhead + costs.of_target(num, context))
-    step = overhead + costs.of_target(num * (1 + length), context)
+    alone = many * costs.of_target(num, context)
+    step = costs.of_target(num * (1 + length), context) + length * per_row * context
     for _ in range(length):
         step += costs.of_draft(num, context / 10)
     saved = seconds_saved(costs, num, length, tokens, context, context / 10)
     assert many * num * saved == pytest.approx(alone - LEAST_GAIN * many / tokens * step)
+
+
+def test_costs_are_corrected_by_what_steps_of_about_as_many_requests_take():
+    costs, corrections = StepCosts([1, 10], [1.0, 2.0], [0.1, 0.2], 0.01, 0.02, 0.03, prompt=5.0), Corrections()
+    assert corrections.applied(costs, 5) == costs
+    for part, ratio in (("target", 3.0), ("draft", 7.0)):
+        told = [corrections.note(part, 4 + i % 4, ratio * 2.0, 2.0) for i in range(16)]
+        assert told[:-1] == [None] * 15
+        corrections.correct(part, 5, told[-1])
+    corrected = corrections.applied(costs, 7)
+    assert corrected.target == pytest.approx([3.0, 6.0])
+    assert corrected.draft == pytest.approx([0.7, 1.4])
+    assert corrected.target_per_context == pytest.approx(0.03)
+    assert corrected.draft_per_context == pytest.approx(0.14)
+    assert corrected.target_per_row_context == pytest.approx(0.09)
+    assert corrected.prompt == 5.0
+    for others in (1, 3, 8, 64):
+        assert corrections.applied(costs, others) == costs
+    # What is foretold is what was corrected; one step that waited for something else changes nothing.
+    told = [corrections.note("target", 4, 100.0 if i == 9 else 1.5, 1.0) for i in range(16)]
+    corrections.correct("target", 4, told[-1])
+    assert corrections.applied(costs, 4).target == pytest.approx([4.5, 9.0])
+    before = corrections.applied(costs, 4)
+    for _ in range(20_000):
+        corrections.fade()
+    faded = corrections.applied(costs, 4)
+    assert faded.target == before.target  # these are noted whether anything is drafted or not
+    assert faded.draft == pytest.approx(costs.draft, rel=0.01)
+
+
+def test_corrections_stay_within_reason():
+    costs, corrections = StepCosts([1], [1.0], [0.1]), Corrections()
+    for _ in range(10):
+        corrections.correct("draft", 1, 1000.0)
+        corrections.correct("target", 1, 0.001)
+    assert 1 < corrections.applied(costs, 1).draft[0] / 0.1 < 100
+    assert 0.01 < corrections.applied(costs, 1).target[0] < 1
 
 
 def test_the_price_of_prompts_fades_while_none_is_read():
@@ -277,6 +315,7 @@ def speed_of(costs, rates, lengths, target_context=0.0, draft_context=None) -> f
     context = np.zeros(len(rates)) if draft_context is None else np.array(draft_context)
     tokens = sum(sum(rate**i for i in range(length + 1)) for rate, length in zip(rates, lengths, strict=True))
     seconds = costs.of_target(len(rates) + sum(lengths), target_context)
+    seconds += costs.target_per_row_context * sum(lengths) * target_context / len(rates)  # as much of each
     for step in range(max(lengths)):
         drafting = [r for r, length in enumerate(lengths) if length > step]
         seconds += costs.of_draft(len(drafting), context[drafting].sum())

@@ -97,7 +97,9 @@ class Bound(_Model):
 class PolicyResult(Figures):
     """One policy."""
 
-    wall_seconds: float = Field(description="seconds for all answers, prompts included, engine start apart")
+    wall_seconds: float = Field(
+        description="seconds for all answers, prompts included; starting and reading videos apart"
+    )
     throughput: float = Field(description="output_tokens over wall_seconds")
     reasons: dict[str, int] = Field(
         description="how many tokens were emitted for which reason: exact (drafted, and the target's choice), loose "

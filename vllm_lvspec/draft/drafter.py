@@ -55,7 +55,7 @@ class VisualItem:
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # one is made for each request and step
 class DraftRequest:
     """One running request: `token_ids [num_tokens]` are its prompt and all that was emitted, the newest token last.
 
@@ -256,10 +256,11 @@ class Drafter:
             contexts = (float(context.sum()) for context in self._contexts(candidates))
             saved = seconds_saved(costs, len(candidates), max_length, self.chains.tokens(max_length), *contexts)
         paying = []
-        for (length, i), request in zip(wanted, candidates, strict=True):
-            left = self.answers.tokens_left(request.max_draft_tokens + 1)
-            if saved * left > (0.0 if request.req_id in self.sequences else costs.prompt):
-                paying.append((length, i))
+        if saved > 0:
+            for (length, i), request in zip(wanted, candidates, strict=True):
+                left = self.answers.tokens_left(request.max_draft_tokens + 1)
+                if saved * left > (0.0 if request.req_id in self.sequences else costs.prompt):
+                    paying.append((length, i))
         self.counts["skipped_cost"] += len(wanted) - len(paying)
         if not paying:
             self._doubt(candidates)
@@ -297,8 +298,9 @@ class Drafter:
         self.corrections.fade()
         if self.costs is not None:
             self.costs = self.costs.faded()
-        for request in requests:
-            self._histories[request.req_id].fade()
+        if self.is_adaptive:
+            for request in requests:
+                self._histories[request.req_id].fade()
 
     # Preparing a request ------------------------------------------------------------------------------------------
 

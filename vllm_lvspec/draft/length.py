@@ -46,8 +46,8 @@ _MOST_ANSWERS = 64.0
 class StepCosts:
     """Seconds of one forward over so many `rows` (ascending, tokens of all requests together), and more per token of
     context that all requests' attention reads in it; `target_per_row_context`: more per token of context and row beyond
-    a request's first, which is nothing where attention waits for memory; `overhead`: of a step around its forwards;
-    `prompt`: of the drafter's with one request's prompt."""
+    a request's first, which is nothing where attention waits for memory; `prompt`: of the drafter's with one request's
+    prompt."""
 
     rows: Sequence[int]
     target: Sequence[float]
@@ -55,7 +55,6 @@ class StepCosts:
     target_per_context: float = 0.0
     draft_per_context: float = 0.0
     target_per_row_context: float = 0.0
-    overhead: float = 0.0
     prompt: float = 0.0
 
     def faded(self) -> StepCosts:
@@ -71,7 +70,6 @@ class StepCosts:
             target_per_context=target * self.target_per_context,
             draft_per_context=draft * self.draft_per_context,
             target_per_row_context=target * self.target_per_row_context,
-            overhead=target * self.overhead,
         )
 
     def of_target(self, rows: float | np.ndarray, context: float | np.ndarray = 0.0) -> Any:
@@ -86,9 +84,9 @@ def seconds_saved(
 ) -> float:
     """By drafts of `length` for all of `num_requests`, per request and emitted token, where `tokens` are emitted per
     request and step; not above 0 where they don't pay. Contexts are those of all requests together."""
-    alone = costs.overhead + costs.of_target(num_requests, target_context)
+    alone = costs.of_target(num_requests, target_context)
     drafting = length * costs.of_draft(num_requests, draft_context)
-    verifying = costs.overhead + costs.of_target(num_requests * (1 + length), target_context)
+    verifying = costs.of_target(num_requests * (1 + length), target_context)
     verifying += costs.target_per_row_context * length * target_context
     return (alone - LEAST_GAIN * (drafting + verifying) / tokens) / num_requests
 
@@ -308,7 +306,7 @@ class DraftPlan:
         self.survival = np.ones(len(rates))  # the chance that all that was drafted so far will be accepted
         self.tokens = float(len(rates))  # expected from this step; each request gets one of the target's own
         self.rows = float(len(rates))
-        self.cost = costs.overhead + costs.of_target(self.rows, float(target_context.sum()))
+        self.cost = costs.of_target(self.rows, float(target_context.sum()))
 
     def seconds_saved(self) -> float:
         """`seconds_saved` by the best length for all."""

@@ -8,7 +8,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,6 @@ from vllm_lvspec.engine.draft_model import PromptView, SelfDraftModel, VLLMDraft
 
 logger = init_logger("vllm.lvspec")
 
-STEPS_MEASURED = 16  # for what a step takes beside forwards
 FEW_PROMPTS = 4
 NUM_MEASURED = 6  # times that a forward is timed
 SEVERAL = 32  # requests whose keys are read together to see what that takes
@@ -39,6 +38,16 @@ CONTEXT_MEASURED = 4096  # tokens in the cache, at most, for what they cost
 SLOW_ENOUGH = 2.0  # seconds of a forward behind which more rows are not measured
 NUM_GRIDS = 4096  # of videos that were seen
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+@dataclass(slots=True)
+class _Known:
+    """What stays the same of a request; `max_length`: of prompt and answer."""
+
+    num_prompt_tokens: int
+    items: list[VisualItem]
+    prompt: PromptView
+    max_length: int
 
 
 class LVSpecProposer:
@@ -49,10 +58,9 @@ class LVSpecProposer:
         self.config = lvspec_config(vllm_config)
         self.drafter: Drafter | None = None
         self._step: tuple[SchedulerOutput, Sequence[str], Mapping[str, CachedRequestState]] | None = None
-        self._items: dict[str, tuple[int, list[VisualItem]]] = {}
+        self._known: dict[str, _Known] = {}
         self._grids: OrderedDict[str, VisualGrid] = OrderedDict()
         self.block_table: BlockTable | None = None
-        self._overheads: list[float] = []
         # Prompts that the drafter had read, and seconds that it had taken for them, when their price was last taken.
         self._prompts_read: tuple[int, float] | None = None
 
@@ -153,24 +161,14 @@ class LVSpecProposer:
         )
 
     def note_step(self, seconds: float, num_requests: int, num_rows: int, context: int) -> None:
-        """A step with nothing to prefill took `seconds` without its drafting, from its start to that of the next.
-
-        From the first such steps follows what a step takes beside forwards; further ones correct the tables.
-        """
+        """A step with nothing to prefill took `seconds` without its drafting, from its start to that of the next."""
         assert self.drafter is not None
         if self.drafter.costs is None:
             return
         costs = self.drafter.corrections.applied(self.drafter.costs, num_requests)
-        foretold = costs.overhead + costs.of_target(num_rows, context)
+        foretold = costs.of_target(num_rows, context)
         foretold += costs.target_per_row_context * (num_rows / num_requests - 1) * context
-        if len(self._overheads) == STEPS_MEASURED:
-            self._correct("target", num_requests, seconds, foretold)
-            return
-        self._overheads.append(seconds - foretold)
-        if len(self._overheads) == STEPS_MEASURED:
-            # A low one: in between there may have been nothing to do.
-            overhead = max(0.0, sorted(self._overheads)[STEPS_MEASURED // 4])
-            self.drafter.costs = replace(self.drafter.costs, overhead=get_tp_group().broadcast_object(overhead, src=0))
+        self._correct("target", num_requests, seconds, foretold)
 
     def _correct(self, part: str, num_requests: int, seconds: float, foretold: float) -> None:
         """All ranks note the same steps, and go by the first one's clock."""
@@ -195,7 +193,7 @@ class LVSpecProposer:
 
     def release(self, req_id: str) -> None:
         """Forget a request that has finished, was aborted or preempted."""
-        self._items.pop(req_id, None)
+        self._known.pop(req_id, None)
         if self.drafter is not None:
             self.drafter.release(req_id)
 
@@ -245,26 +243,31 @@ class LVSpecProposer:
         return drafts
 
     def _request(self, state: CachedRequestState, token_ids: np.ndarray, num_verified: int, row: int) -> DraftRequest:
-        assert state.prompt_token_ids is not None and state.sampling_params is not None
+        assert state.prompt_token_ids is not None
         num_prompt_tokens = len(state.prompt_token_ids)
-        known = self._items.get(state.req_id)
-        if known is None or known[0] != num_prompt_tokens:
-            known = (num_prompt_tokens, [self._visual_item(f) for f in state.mm_features])
-            self._items[state.req_id] = known
-        max_tokens = state.sampling_params.max_tokens or self.vllm_config.model_config.max_model_len
-        left = min(
-            max_tokens - (len(token_ids) - num_prompt_tokens),
-            self.vllm_config.model_config.max_model_len - len(token_ids),
-        )
+        known = self._known.get(state.req_id)
+        if known is None or known.num_prompt_tokens != num_prompt_tokens:
+            known = self._known[state.req_id] = self._know(state, num_prompt_tokens)
         return DraftRequest(
             req_id=state.req_id,
             token_ids=token_ids,
             num_prompt_tokens=num_prompt_tokens,
-            items=known[1],
-            prompt=PromptView(state.prompt_token_ids, state.mm_features),
-            max_draft_tokens=left - 1,  # the last one is the target's
+            items=known.items,
+            prompt=known.prompt,
+            max_draft_tokens=known.max_length - len(token_ids) - 1,  # the last one is the target's
             num_verified=num_verified,
             target_slots=functools.partial(self._target_slots, row),
+        )
+
+    def _know(self, state: CachedRequestState, num_prompt_tokens: int) -> _Known:
+        assert state.prompt_token_ids is not None and state.sampling_params is not None
+        max_model_len = self.vllm_config.model_config.max_model_len
+        max_tokens = state.sampling_params.max_tokens or max_model_len
+        return _Known(
+            num_prompt_tokens,
+            [self._visual_item(feature) for feature in state.mm_features],
+            PromptView(state.prompt_token_ids, state.mm_features),
+            min(num_prompt_tokens + max_tokens, max_model_len),
         )
 
     def _target_slots(self, row: int, places: np.ndarray) -> np.ndarray:

@@ -448,6 +448,7 @@ class Verification:
         """Count the reasons of a step's tokens, but for those that the scheduler cuts off at an end or a length."""
         reasons = None if self._accepted is None else self._accepted.reasons.cpu().numpy()
         max_model_len = self.vllm_config.model_config.max_model_len
+        num_alone = 0
         for i, (req_id, tokens) in enumerate(zip(self.runner.input_batch.req_ids, emitted, strict=False)):
             state = self.runner.requests.get(req_id)
             if not tokens or state is None or state.sampling_params is None:
@@ -455,6 +456,11 @@ class Verification:
             request = self._request(state)
             before = len(state.output_token_ids) - len(tokens)
             length = min(state.sampling_params.max_tokens or max_model_len, max_model_len - state.num_prompt_tokens)
+            if reasons is None and len(tokens) == 1:  # as for all where nothing is drafted
+                if before < length:
+                    request.reasons[TARGET] += 1
+                    num_alone += 1
+                continue
             kept = min(_until_end(tokens, state.sampling_params), length - before)
             if reasons is None:
                 found = np.full(len(tokens), EXACT)
@@ -464,6 +470,7 @@ class Verification:
             counted = np.bincount(found[: max(kept, 0)], minlength=TARGET + 1)
             request.reasons += counted
             self.reasons += counted
+        self.reasons[TARGET] += num_alone
 
     def preempt(self, req_id: str) -> None:
         """The request's blocks are gone, and with them what is known of its features."""
