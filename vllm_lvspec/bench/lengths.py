@@ -1,0 +1,170 @@
+"""How far to draft, in one engine: every group of questions is answered in every way, one after another.
+
+A machine whose speed changes from minute to minute favours whoever runs in a good one. Here all ways share its minutes,
+and ratios are taken group by group.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_lvspec.bench.samples import Sample, videofacts
+from vllm_lvspec.config import METHOD
+from vllm_lvspec.reference import PAIRS
+
+NUM_RESAMPLED = 4000
+
+
+class Way(NamedTuple):
+    """`length`: K, at most."""
+
+    length: int
+    is_adaptive: bool = False
+    only_if_faster: bool = False
+
+
+class Measured(NamedTuple):
+    """Of one group: seconds from the first request to the last token, and tokens; seconds and tokens between each
+    request's first token and its last, and the steps in which these came."""
+
+    wall_seconds: float
+    tokens: int
+    decode_seconds: float
+    decoded: int
+    steps: int
+
+
+def ways(lengths: Sequence[int]) -> dict[str, Way]:
+    """Nothing at all, each of `lengths` in every step, each where it pays, and adaptive drafts of the longest."""
+    return {
+        "none": Way(0),
+        **{f"{length}": Way(length) for length in lengths},
+        **{f"{length}, only if faster": Way(length, only_if_faster=True) for length in lengths},
+        "adaptive": Way(max(lengths), is_adaptive=True, only_if_faster=True),
+    }
+
+
+def ratios(speeds: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
+    """Geometric mean of `speeds` over `others` `[num_groups]`, and its 95 % bootstrap interval."""
+    logs = np.log(speeds / others)
+    rng = np.random.default_rng(0)
+    means = logs[rng.integers(0, len(logs), (NUM_RESAMPLED, len(logs)))].mean(1)
+    low, high = np.exp(np.percentile(means, [2.5, 97.5]))
+    return float(np.exp(logs.mean())), float(low), float(high)
+
+
+def _ask(core: Any, names: Sequence[str], inputs: Sequence[dict[str, Any]]) -> Measured:
+    from vllm import SamplingParams
+
+    started = time.perf_counter()
+    for name, prompt in zip(names, inputs, strict=True):
+        core.add_request(name, prompt, SamplingParams(temperature=0, max_tokens=256))
+    first: dict[str, tuple[float, int]] = {}
+    last: dict[str, tuple[float, int]] = {}
+    reports = 0
+    while core.has_unfinished_requests():
+        outputs = core.step()
+        now = time.perf_counter()
+        for output in outputs:
+            last[output.request_id] = now, len(output.outputs[0].token_ids)
+            first.setdefault(output.request_id, last[output.request_id])
+            reports += 1
+    return Measured(
+        max(seconds for seconds, _ in last.values()) - started,
+        sum(tokens for _, tokens in last.values()),
+        sum(last[name][0] - first[name][0] for name in last),
+        sum(last[name][1] - first[name][1] for name in last),
+        reports - len(last),
+    )
+
+
+def measure(
+    family: str, shape: str | None, policy: str, lengths: Sequence[int], samples: Sequence[Sample], batch_size: int
+) -> dict[str, list[Measured]]:
+    """By way, of every group of `batch_size` samples that are asked together."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the drafter must be within reach
+    from vllm import LLM
+
+    from vllm_lvspec.bench.run import _prompt_writer
+    from vllm_lvspec.reference.upscale import upscaled
+
+    pair = PAIRS[family]
+    llm = LLM(
+        **{
+            "model": str(pair.target),
+            "dtype": "float32",
+            "max_model_len": 2048,
+            "max_num_seqs": batch_size,
+            "enforce_eager": True,
+            "enable_prefix_caching": False,
+            "mm_processor_cache_gb": 0,
+            "limit_mm_per_prompt": {"video": 1, "image": 0},
+            "kv_cache_memory_bytes": 64 * 2**20 * max(2, batch_size // 4),
+            **(upscaled(str(pair.target), shape) if shape else {}),
+            "speculative_config": {
+                "method": METHOD, "model": str(pair.draft), "policy": policy, "draft_length": "adaptive",
+                "num_speculative_tokens": max(lengths),
+            },
+        }
+    )  # fmt: skip
+    (drafter,) = llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter)
+    propose, length = drafter.propose, 0
+
+    def propose_as_far(requests: Sequence[Any], most: int) -> list[list[int]]:
+        return propose(requests, min(most, length)) if length else [[] for _ in requests]
+
+    drafter.propose = propose_as_far
+    write = _prompt_writer(llm)
+    groups = [samples[i : i + batch_size] for i in range(0, len(samples) - batch_size + 1, batch_size)]
+    compared = ways(lengths)
+    found: dict[str, list[Measured]] = defaultdict(list)
+    for number, group in enumerate([groups[0], *groups]):  # the first one twice, to warm up
+        inputs = [write(sample) for sample in group]
+        order = list(compared)
+        for name in order[number % len(order) :] + order[: number % len(order)]:
+            length, drafter.is_adaptive, drafter.only_if_faster = compared[name]
+            measured = _ask(llm.llm_engine, [f"{number}-{name}-{sample.name}" for sample in group], inputs)
+            if number:
+                found[name].append(measured)
+    llm.llm_engine.engine_core.shutdown()
+    return {name: found[name] for name in compared}
+
+
+def main(
+    family: Annotated[str, typer.Option(help="bundled pair")] = "qwen2_5_vl",
+    shape: Annotated[str | None, typer.Option(help="cost of the target: 0.5b, 3b, 7b")] = None,
+    policy: Annotated[str, typer.Option(help="of the verifier")] = "lvspec",
+    lengths: Annotated[str, typer.Option(help="values of K")] = "10",
+    videos: Annotated[int, typer.Option(help="of the suite videofacts")] = 8,
+    seed: Annotated[int, typer.Option(help="of the suite's scenes")] = 6,
+    task: Annotated[str, typer.Option(help="kind of questions")] = "caption",
+    batch_size: Annotated[int, typer.Option(help="questions asked together")] = 1,
+) -> None:
+    """Print speeds over those without drafts: of decoding, and of everything with prompts."""
+    samples = videofacts(videos, seed, (task,), num_frames=PAIRS[family].num_frames)
+    found = measure(family, shape, policy, [int(length) for length in lengths.split(",")], samples, batch_size)
+    table = Table("drafts", "decoding over none", "throughput over none", "tokens per step")
+    base = found["none"]
+    for name, groups in found.items():
+        decoding, throughput = (
+            "{:.2f} [{:.2f}, {:.2f}]".format(*ratios(*(np.array([speed(m) for m in x]) for x in (groups, base))))
+            for speed in (lambda m: m.decoded / m.decode_seconds, lambda m: m.tokens / m.wall_seconds)
+        )
+        per_step = sum(m.decoded for m in groups) / sum(m.steps for m in groups)
+        table.add_row(name, decoding, throughput, f"{per_step:.2f}")
+    console = Console()
+    console.print(f"{policy}, {task}, batch size {batch_size}, {len(base)} groups")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
