@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from vllm_lvspec.bench import run
+from vllm_lvspec.bench import lengths, run
 from vllm_lvspec.bench.command import (
     BenchError,
     BenchOptions,
@@ -562,3 +562,31 @@ def test_answers_that_end_in_one_step_share_its_seconds_and_while_nothing_runs_t
     assert [a.sample for a in answers] == list("012345")
     assert [a.wall_seconds > 0 for a in answers] == [True, False, False] * 2
     assert sum(a.wall_seconds for a in answers) == pytest.approx(engine.seconds, abs=0.04)
+
+
+def test_lengths_are_compared_with_no_drafts_at_all():
+    compared = lengths.ways([5, 12])
+    assert next(iter(compared)) == "none"
+    assert compared["none"].length == 0
+    assert compared["adaptive"] == (12, True, True)
+    assert compared["5"] == (5, False, False)
+    assert compared["5, only if faster"] == (5, False, True)
+
+
+def test_ratios_are_taken_group_by_group():
+    others = np.array([1.0, 10.0, 100.0, 3.0])
+    mean, low, high = lengths.ratios(2 * others, others)
+    assert (mean, low, high) == pytest.approx((2, 2, 2))
+    mean, low, high = lengths.ratios(np.array([1.0, 40.0, 100.0, 12.0]), others)
+    assert mean == pytest.approx(2)
+    assert 1 <= low < 2 < high <= 4
+
+
+def test_a_group_is_measured_from_its_first_request_to_its_last_token(monkeypatch):
+    engine = StepEngine()
+    engine.has_unfinished_requests = lambda: bool(engine.steps_left)
+    measured = lengths._ask(engine, ["a", "b"], [{}, {}])
+    # Each reports two tokens in the first of its two steps already: none comes after it.
+    assert (measured.tokens, measured.decoded, measured.steps) == (4, 0, 2)
+    assert measured.wall_seconds == pytest.approx(0.04, abs=0.03)
+    assert measured.decode_seconds == pytest.approx(2 * 0.02, abs=0.03)
