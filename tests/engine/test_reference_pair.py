@@ -29,7 +29,8 @@ class Pair:
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             self.llm = LLM(
                 str(self.pair.target), dtype="float32", max_model_len=1024, max_num_seqs=4, enforce_eager=True,
-                disable_log_stats=False, speculative_config={"method": "lvspec", "policy": "strict"},
+                disable_log_stats=False,
+                speculative_config={"method": "lvspec", "policy": "strict", "only_if_faster": False},
                 kv_cache_memory_bytes=2**28,
             )  # fmt: skip
         params = SamplingParams(temperature=0, max_tokens=256, logprobs=1)

@@ -98,7 +98,7 @@ def bundled_answers() -> list[RequestOutput]:
 
 
 def test_qwen_answers_as_before_in_a_larger_shape_and_is_drafted_for(bundled_answers):
-    drafting = {"method": "lvspec", "policy": "strict", "model": str(DRAFT)}
+    drafting = {"method": "lvspec", "policy": "strict", "model": str(DRAFT), "only_if_faster": False}
     with engine(**upscaled(str(TARGET), "0.5b"), speculative_config=drafting, disable_log_stats=False) as llm:
         assert llm.apply_model(multiplied_weights) == [weights_of(TEXT_SHAPES["0.5b"])]
         assert_same_answers(describe(llm, QWEN), bundled_answers)

@@ -29,7 +29,8 @@ STRICT = {"extra_body": {"vllm_xargs": {"lvspec_policy": "strict"}}}
 @pytest.fixture(scope="module")
 def server():
     with serve(
-        TARGET, "--speculative-config", "lvspec", "--max-model-len", "1024", "--max-num-seqs", "4",
+        TARGET, "--speculative-config", '{"method": "lvspec", "only_if_faster": false}',
+        "--max-model-len", "1024", "--max-num-seqs", "4",
         "--dtype", "float32", "--enforce-eager", "--served-model-name", "reference",
         "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
         "--allowed-local-media-path", str(CLIPS), *PAIRS["qwen2_5_vl"].server_arguments,
