@@ -12,7 +12,8 @@ from vllm import LLM, RequestOutput, SamplingParams, envs
 from workload import Request
 
 MAX_MODEL_LEN = 512
-# Other drafts than the default ones, for tests of outputs that must not depend on them (`make test-views`).
+# Other drafts than the default ones, for tests of outputs that must not depend on them:
+# LVSPEC_TEST_VIEW='{"pruning": "attention"}' pytest tests/engine/test_lossless.py
 VIEW: dict[str, Any] = json.loads(os.environ.get("LVSPEC_TEST_VIEW", "{}"))
 
 
@@ -29,10 +30,10 @@ class Engine:
             **(VIEW if drafter else {}), **options.pop("lvspec", {}),
         }  # fmt: skip
         self.has_drafter = settings["model"] is not None
-        # One process instead of three starts in a third of the time. The tests of the server and of tensor parallelism
-        # run all processes.
         # vLLM reads its environment once an engine runs, but the next engine may be told something else.
         envs.disable_envs_cache()
+        # One process instead of three starts in a third of the time. The tests of the server and of tensor parallelism
+        # run all processes.
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             self.llm = LLM(target, **self._options(settings, options))

@@ -16,7 +16,7 @@ from vllm import RequestOutput, SamplingParams, ir
 from vllm.sampling_params import StructuredOutputsParams
 from workload import LLAVA, QWEN, Family, Request, generate_requests, token_ids, turn, video
 
-from vllm_lvspec.bench.run import _prompt_writer
+from vllm_lvspec.bench.run import prompt_writer
 from vllm_lvspec.bench.samples import Sample, videofacts
 from vllm_lvspec.config import LVSpecConfig
 from vllm_lvspec.reference import PAIRS
@@ -67,7 +67,7 @@ class Asked:
 
 
 def ask(engine: Any, oracle: Simulation, samples: Sequence[Sample], settings: dict, size: int, max_tokens=256) -> Asked:
-    prompt = _prompt_writer(engine.llm)
+    prompt = prompt_writer(engine.llm)
     config = LVSpecConfig(**settings).model_dump_json()
     params = replace_params(GREEDY, max_tokens=max_tokens)
     outputs = engine.run([Request("video", **as_request(prompt(s)), params=params) for s in samples], (size,))
@@ -306,7 +306,7 @@ def test_answers_and_reasons_are_those_of_the_simulation(size, engines):
 
 def test_reasons_add_up_to_the_tokens_that_clients_get(engines):
     engine = loose_pair(engines)
-    prompt = _prompt_writer(engine.llm)
+    prompt = prompt_writer(engine.llm)
     tokenizer = engine.llm.get_tokenizer()
     (stop,) = tokenizer(" the").input_ids
     strict = {"lvspec_policy": "strict"}
@@ -352,7 +352,7 @@ def _check_length(params: SamplingParams, tokens: list[int], num_prompt: int, eo
 
 def sampled(engine: Any, params: SamplingParams, count: int = 6) -> list[tuple[Sample, RequestOutput]]:
     samples = questions(24)[:count]
-    prompt = _prompt_writer(engine.llm)
+    prompt = prompt_writer(engine.llm)
     requests = [Request("video", **as_request(prompt(s)), params=params) for s in samples]
     return list(zip(samples, engine.run(requests), strict=True))
 

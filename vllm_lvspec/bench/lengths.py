@@ -17,9 +17,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_lvspec.bench.run import prompt_writer, running_engine
 from vllm_lvspec.bench.samples import Sample, videofacts
 from vllm_lvspec.config import METHOD
 from vllm_lvspec.reference import PAIRS
+from vllm_lvspec.reference.upscale import upscaled
 
 NUM_RESAMPLED = 4000
 
@@ -92,50 +94,38 @@ def measure(
 ) -> dict[str, list[Measured]]:
     """By way, of every group of `batch_size` samples that are asked together."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the drafter must be within reach
-    from vllm import LLM
-
-    from vllm_lvspec.bench.run import _prompt_writer
-    from vllm_lvspec.reference.upscale import upscaled
-
     pair = PAIRS[family]
-    llm = LLM(
-        **{
-            "model": str(pair.target),
-            "dtype": "float32",
-            "max_model_len": 2048,
-            "max_num_seqs": batch_size,
-            "enforce_eager": True,
-            "enable_prefix_caching": False,
-            "mm_processor_cache_gb": 0,
-            "limit_mm_per_prompt": {"video": 1, "image": 0},
-            "kv_cache_memory_bytes": 64 * 2**20 * max(2, batch_size // 4),
-            **(upscaled(str(pair.target), shape) if shape else {}),
-            "speculative_config": {
-                "method": METHOD, "model": str(pair.draft), "policy": policy, "draft_length": "adaptive",
-                "num_speculative_tokens": max(lengths),
-            },
-        }
-    )  # fmt: skip
-    (drafter,) = llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter)
-    propose, length = drafter.propose, 0
-
-    def propose_as_far(requests: Sequence[Any], most: int) -> list[list[int]]:
-        return propose(requests, min(most, length)) if length else [[] for _ in requests]
-
-    drafter.propose = propose_as_far
-    write = _prompt_writer(llm)
+    arguments: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": 2048,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 64 * 2**20 * max(2, batch_size // 4),
+        **(upscaled(str(pair.target), shape) if shape else {}),
+    }
+    config = {
+        "method": METHOD, "model": str(pair.draft), "policy": policy, "draft_length": "adaptive",
+        "num_speculative_tokens": max(lengths),
+    }  # fmt: skip
     groups = [samples[i : i + batch_size] for i in range(0, len(samples) - batch_size + 1, batch_size)]
     compared = ways(lengths)
     found: dict[str, list[Measured]] = defaultdict(list)
-    for number, group in enumerate([groups[0], *groups]):  # the first one twice, to warm up
-        inputs = [write(sample) for sample in group]
-        order = list(compared)
-        for name in order[number % len(order) :] + order[: number % len(order)]:
-            length, drafter.is_adaptive, drafter.only_if_faster = compared[name]
-            measured = _ask(llm.llm_engine, [f"{number}-{name}-{sample.name}" for sample in group], inputs)
-            if number:
-                found[name].append(measured)
-    llm.llm_engine.engine_core.shutdown()
+    with running_engine(arguments.pop("model", str(pair.target)), config, batch_size, arguments) as llm:
+        (drafter,) = llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter)
+        propose, length = drafter.propose, 0
+
+        def propose_as_far(requests: Sequence[Any], most: int) -> list[list[int]]:
+            return propose(requests, min(most, length)) if length else [[] for _ in requests]
+
+        drafter.propose = propose_as_far
+        write = prompt_writer(llm)
+        for number, group in enumerate([groups[0], *groups]):  # the first one twice, to warm up
+            inputs = [write(sample) for sample in group]
+            order = list(compared)
+            for name in order[number % len(order) :] + order[: number % len(order)]:
+                length, drafter.is_adaptive, drafter.only_if_faster = compared[name]
+                measured = _ask(llm.llm_engine, [f"{number}-{name}-{sample.name}" for sample in group], inputs)
+                if number:
+                    found[name].append(measured)
     return {name: found[name] for name in compared}
 
 

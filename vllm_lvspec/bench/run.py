@@ -147,8 +147,8 @@ def run_policies(
         waiting = [s for s in samples if s.name not in known]
         if waiting:
             on_start(policy)
-            with _engine(model, speculative_config(policy, draft), batch_size, engine_arguments) as llm:
-                prompt = _prompt_writer(llm)
+            with running_engine(model, speculative_config(policy, draft), batch_size, engine_arguments) as llm:
+                prompt = prompt_writer(llm)
                 _warm_up(llm, samples, prompt, batch_size)
                 before = _counters(llm)
                 for answer in _ask(llm, policy, waiting, prompt, batch_size, max_tokens, min_tokens):
@@ -164,9 +164,10 @@ def run_policies(
 
 
 @contextmanager
-def _engine(
+def running_engine(
     model: str, speculative_config: dict[str, Any] | None, batch_size: int, arguments: dict[str, Any]
 ) -> Iterator[Any]:
+    """An engine that keeps nothing of one question for the next, shut down in the end."""
     from vllm import LLM
 
     llm = LLM(
@@ -187,7 +188,8 @@ def _engine(
         llm.llm_engine.engine_core.shutdown()
 
 
-def _prompt_writer(llm: Any) -> Callable[[Sample], dict[str, Any]]:
+def prompt_writer(llm: Any) -> Callable[[Sample], dict[str, Any]]:
+    """From a sample to vLLM's inputs, by the model's own chat template."""
     from transformers import AutoProcessor
 
     config = llm.llm_engine.model_config

@@ -75,6 +75,11 @@ class StepCosts:
     def of_target(self, rows: float | np.ndarray, context: float | np.ndarray = 0.0) -> Any:
         return _interpolate(self.rows, self.target, rows) + self.target_per_context * context
 
+    def of_verification(self, num_requests: float, num_rows: float, context: float) -> float:
+        """What the target takes for `num_rows` of `num_requests`, as many of each, which have as much `context`."""
+        further = num_rows / num_requests - 1
+        return float(self.of_target(num_rows, context)) + self.target_per_row_context * further * context
+
     def of_draft(self, rows: float | np.ndarray, context: float | np.ndarray = 0.0) -> Any:
         return _interpolate(self.rows, self.draft, rows) + self.draft_per_context * context
 
@@ -86,8 +91,7 @@ def seconds_saved(
     request and step; not above 0 where they don't pay. Contexts are those of all requests together."""
     alone = costs.of_target(num_requests, target_context)
     drafting = length * costs.of_draft(num_requests, draft_context)
-    verifying = costs.of_target(num_requests * (1 + length), target_context)
-    verifying += costs.target_per_row_context * length * target_context
+    verifying = costs.of_verification(num_requests, num_requests * (1 + length), target_context)
     return (alone - LEAST_GAIN * (drafting + verifying) / tokens) / num_requests
 
 

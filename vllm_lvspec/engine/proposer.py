@@ -166,9 +166,7 @@ class LVSpecProposer:
         if self.drafter.costs is None:
             return
         costs = self.drafter.corrections.applied(self.drafter.costs, num_requests)
-        foretold = costs.of_target(num_rows, context)
-        foretold += costs.target_per_row_context * (num_rows / num_requests - 1) * context
-        self._correct("target", num_requests, seconds, foretold)
+        self._correct("target", num_requests, seconds, costs.of_verification(num_requests, num_rows, context))
 
     def _correct(self, part: str, num_requests: int, seconds: float, foretold: float) -> None:
         """All ranks note the same steps, and go by the first one's clock."""

@@ -131,13 +131,9 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             seconds = time.perf_counter() - before
             self.step_times.draft_seconds += seconds
             context = int(self.input_batch.num_tokens_no_spec[: self.input_batch.num_reqs].sum())
+            num_requests = len(scheduler_output.num_scheduled_tokens)
             num_rows = scheduler_output.total_num_scheduled_tokens
-            self._last_step = (
-                self._step_started + seconds,
-                len(scheduler_output.num_scheduled_tokens),
-                num_rows,
-                context,
-            )
+            self._last_step = self._step_started + seconds, num_requests, num_rows, context
             self.step_times.requests += len(drafts)
             self.step_times.drafted_tokens += sum(len(draft) for draft in drafts)
         return drafts
