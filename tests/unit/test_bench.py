@@ -585,7 +585,7 @@ def test_ratios_are_taken_group_by_group():
 def test_a_group_is_measured_from_its_first_request_to_its_last_token(monkeypatch):
     engine = StepEngine()
     engine.has_unfinished_requests = lambda: bool(engine.steps_left)
-    measured = lengths._ask(engine, ["a", "b"], [{}, {}])
+    measured = lengths._answer(engine, ["a", "b"], [{}, {}])
     # Each reports two tokens in the first of its two steps already: none comes after it.
     assert (measured.tokens, measured.decoded, measured.steps) == (4, 0, 2)
     assert measured.wall_seconds == pytest.approx(0.04, abs=0.03)

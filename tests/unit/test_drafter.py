@@ -214,12 +214,14 @@ def kept_tokens(request: DraftRequest, ratio=0.5, strategy="uniform", scores=Non
 
 
 def oracle(request: DraftRequest, k: int, kept: set[int] | None = None, copies: bool = False) -> list[int]:
-    """The drafts of a fresh cache."""
+    """The drafts of a fresh cache, up to the first token that ends the request."""
     kept = kept_tokens(request) if kept is None else kept
     tokens = request.token_ids.tolist()
     drafts = []
     for _ in range(k):
         drafts.append(SlotModel.next_token(expected_entries(request, kept, tokens + drafts, copies)))
+        if drafts[-1] in request.ends:
+            break
     return drafts
 
 
@@ -252,8 +254,12 @@ def run_history(data, copies: bool, adaptive: bool) -> None:
     }
     model = CopyingModel(target, **options) if copies else SlotModel(**options)
     drafter = make_drafter(model)
+    drafter.sees_tokens = data.draw(st.booleans())
     requests = {
-        str(i): make_request(str(i), items=data.draw(st.sampled_from([(), ((3, 8),), ((2, 5), (9, 6))])))
+        str(i): replace(
+            make_request(str(i), items=data.draw(st.sampled_from([(), ((3, 8),), ((2, 5), (9, 6))]))),
+            ends=frozenset(range(i, VOCAB, 4)) if data.draw(st.booleans()) else frozenset(),
+        )
         for i in range(data.draw(st.integers(1, 4)))
     }
     cached = dict.fromkeys(requests, 0)  # tokens of the sequence that are right in the drafter's cache
@@ -277,7 +283,9 @@ def run_history(data, copies: bool, adaptive: bool) -> None:
                 kept, newest = kept_tokens(request), len(request.token_ids) - 1
                 missing = [i for i in range(cached[name], newest) if i >= request.num_prompt_tokens or i in kept]
                 copied += [(name, i) for i in missing]
-                computed += len(draft) + (0 if copies else len(missing))
+                # Whoever may not look drafts on behind an end, for nothing.
+                computed += len(draft) if adaptive or drafter.sees_tokens else k
+                computed += 0 if copies else len(missing)
                 cached[name] = newest if copies else newest + len(draft)
         assert model.num_computed - num_computed == computed
         if copies:
@@ -346,6 +354,33 @@ def test_requests_with_less_room_leave_the_batch_early_and_the_others_go_on():
     assert drafts[0] == oracle(requests[0], 2)
     assert drafts[1] == oracle(requests[1], 5)
     assert drafter.counts["skipped_length"] == 1
+
+
+@pytest.mark.parametrize("sees_tokens", [True, False])
+def test_nothing_is_drafted_behind_a_token_that_ends_the_request(sees_tokens):
+    model = SlotModel()
+    drafter = make_drafter(model)
+    drafter.sees_tokens = sees_tokens
+    requests = [make_request(name) for name in "abc"]
+    whole = [oracle(r, 6) for r in requests]
+    requests[0] = replace(requests[0], ends=frozenset({whole[0][2], VOCAB + 5}))
+    requests[1] = replace(requests[1], ends=frozenset({whole[1][0]}))
+    assert drafter.propose(requests, 6) == [whole[0][:3], whole[1][:1], whole[2]]
+    assert drafter.counts["drafted_tokens"] == 10
+    # Where tokens can be seen at no cost, who has ended leaves the batch.
+    assert [len(batch.seq_lens) for batch in model.batches] == ([3, 2, 2, 1, 1, 1] if sees_tokens else [3] * 6)
+    # The target thought otherwise: it goes on behind what was refused.
+    requests = [extended(r, [5]) for r in requests]
+    assert drafter.propose(requests, 4) == [oracle(r, 4) for r in requests]
+
+
+def test_when_all_have_ended_no_forward_is_left_to_do():
+    model = SlotModel()
+    drafter = make_drafter(model)
+    request = make_request()
+    request = replace(request, ends=frozenset(oracle(request, 2)[1:]))
+    assert drafter.propose([request], 10) == [oracle(request, 2)]
+    assert len(model.batches) == 2
 
 
 def test_a_request_at_the_drafters_own_length_limit_is_skipped_and_counted():
@@ -793,7 +828,7 @@ def test_a_released_request_has_no_past():
     judged = drafter.acceptance.judged.copy()
     drafter.propose([extended(request, [1, 2, 3], 4)], 4)
     assert (drafter.acceptance.judged == judged).all()
-    assert drafter._histories["a"].judged == 0
+    assert drafter._histories["a"].expected == 0
     drafter.release("a")
     assert not drafter._histories
 
@@ -879,6 +914,58 @@ def test_what_failed_is_tried_again_after_a_long_time():
     lengths = [length for (length,) in run_fixed(drafter, "a", 6000, 0)]
     assert sum(lengths[:100]) > 0
     assert 0 < sum(lengths[200:]) < 0.02 * 10 * 5800
+
+
+def count_decisions(drafter, monkeypatch) -> list[int]:
+    """Grows by a number of requests whenever it is decided anew whether they are drafted for."""
+    decisions: list[int] = []
+    decide = drafter._paying
+
+    def counted(requests, wanted, max_length):
+        decisions.append(len(wanted))
+        return decide(requests, wanted, max_length)
+
+    monkeypatch.setattr(drafter, "_paying", counted)
+    return decisions
+
+
+def test_a_refusal_stands_for_some_steps_and_then_it_is_decided_anew(monkeypatch):
+    drafter = only_if_faster(SlotModel(max_model_len=10**6), LOADED)
+    decisions = count_decisions(drafter, monkeypatch)
+    assert run_fixed(drafter, "ab", 33, 0) == [[0, 0]] * 33
+    assert decisions == [2, 2, 2]
+    assert drafter.counts["skipped_cost"] == 66
+    # Fewer requests may be another matter, and so are other costs.
+    assert run_fixed(drafter, "a", 1, 0) == [[0]]
+    assert decisions == [2, 2, 2, 1]
+    drafter.costs = FREE
+    assert run_fixed(drafter, "a", 1, 0) == [[10]]
+
+
+def test_what_was_learned_is_believed_less_by_as_many_steps_as_a_refusal_stood_for():
+    costs = replace(AS_DEAR_AS_A_STEP, target=[1.0, 1.0], draft=[10.0, 10.0], prompt=1.0)
+    drafters = [only_if_faster(SlotModel(max_model_len=10**6), costs) for _ in range(2)]
+    for drafter in drafters:
+        for _ in range(50):
+            drafter.chains.learn(3, 10)
+    once, always = drafters
+    run_fixed(once, "a", 161, 0)
+    for _ in range(161):
+        always.refusal = None  # it is decided anew in every step
+        run_fixed(always, "a", 1, 0)
+    assert once.chains.tokens(10) == pytest.approx(always.chains.tokens(10))
+    assert once.costs.prompt == pytest.approx(always.costs.prompt)
+    assert once.costs.prompt < 1.0
+
+
+def test_a_refusal_because_of_a_prompt_does_not_stand_for_newcomers():
+    # Half a second is saved for every token, or a little less.
+    drafter = only_if_faster(SlotModel(max_model_len=10**6), replace(AS_DEAR_AS_A_STEP, prompt=10.0))
+    for _ in range(1000):
+        drafter.chains.learn(3, 10)
+    assert drafter.propose([make_request("short", max_draft=10)], 10) == [[]]
+    long = make_request("long", max_draft=100)
+    assert [len(draft) for draft in drafter.propose([long], 10)] == [10]
 
 
 def test_few_are_drafted_for_and_many_are_not():

@@ -1,7 +1,8 @@
-"""How far to draft, in one engine: every group of questions is answered in every way, one after another.
+"""How far to draft, in one process: every group of questions is answered in every way, one after another.
 
 A machine whose speed changes from minute to minute favours whoever runs in a good one. Here all ways share its minutes,
-and ratios are taken group by group.
+and ratios are taken group by group. All but one are ways of one engine; the other engine is vLLM without speculation,
+with which all are compared.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from vllm_lvspec.reference import PAIRS
 from vllm_lvspec.reference.upscale import upscaled
 
 NUM_RESAMPLED = 4000
+WITHOUT = "vLLM without speculation"
 
 
 class Way(NamedTuple):
@@ -46,7 +48,8 @@ class Measured(NamedTuple):
 
 
 def ways(lengths: Sequence[int]) -> dict[str, Way]:
-    """Nothing at all, each of `lengths` in every step, each where it pays, and adaptive drafts of the longest."""
+    """Ways of an engine with a drafter: no drafts at all, each of `lengths` in every step, each where it pays, and
+    adaptive ones of the longest."""
     return {
         "none": Way(0),
         **{f"{length}": Way(length) for length in lengths},
@@ -64,7 +67,7 @@ def ratios(speeds: np.ndarray, others: np.ndarray) -> tuple[float, float, float]
     return float(np.exp(logs.mean())), float(low), float(high)
 
 
-def _ask(core: Any, names: Sequence[str], inputs: Sequence[dict[str, Any]]) -> Measured:
+def _answer(core: Any, names: Sequence[str], inputs: Sequence[dict[str, Any]]) -> Measured:
     from vllm import SamplingParams
 
     started = time.perf_counter()
@@ -107,9 +110,14 @@ def measure(
         "num_speculative_tokens": max(lengths),
     }  # fmt: skip
     groups = [samples[i : i + batch_size] for i in range(0, len(samples) - batch_size + 1, batch_size)]
+    model = arguments.pop("model", str(pair.target))
     compared = ways(lengths)
+    names = [WITHOUT, *compared]
     found: dict[str, list[Measured]] = defaultdict(list)
-    with running_engine(arguments.pop("model", str(pair.target)), config, batch_size, arguments) as llm:
+    with (
+        running_engine(model, None, batch_size, arguments) as without,
+        running_engine(model, config, batch_size, arguments) as llm,
+    ):
         (drafter,) = llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter)
         propose, length = drafter.propose, 0
 
@@ -120,13 +128,15 @@ def measure(
         write = prompt_writer(llm)
         for number, group in enumerate([groups[0], *groups]):  # the first one twice, to warm up
             inputs = [write(sample) for sample in group]
-            order = list(compared)
-            for name in order[number % len(order) :] + order[: number % len(order)]:
-                length, drafter.is_adaptive, drafter.only_if_faster = compared[name]
-                measured = _ask(llm.llm_engine, [f"{number}-{name}-{sample.name}" for sample in group], inputs)
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                engine = without if name == WITHOUT else llm
+                if name in compared:
+                    length, drafter.is_adaptive, drafter.only_if_faster = compared[name]
+                    drafter.refusal = None  # it was another way's
+                measured = _answer(engine.llm_engine, [f"{number}-{name}-{sample.name}" for sample in group], inputs)
                 if number:
                     found[name].append(measured)
-    return {name: found[name] for name in compared}
+    return {name: found[name] for name in names}
 
 
 def main(
@@ -139,11 +149,11 @@ def main(
     task: Annotated[str, typer.Option(help="kind of questions")] = "caption",
     batch_size: Annotated[int, typer.Option(help="questions asked together")] = 1,
 ) -> None:
-    """Print speeds over those without drafts: of decoding, and of everything with prompts."""
+    """Print speeds over those of vLLM without speculation: of decoding, and of everything with prompts."""
     samples = videofacts(videos, seed, (task,), num_frames=PAIRS[family].num_frames)
     found = measure(family, shape, policy, [int(length) for length in lengths.split(",")], samples, batch_size)
-    table = Table("drafts", "decoding over none", "throughput over none", "tokens per step")
-    base = found["none"]
+    table = Table("drafts", "decoding over vLLM's", "throughput over vLLM's", "tokens per step")
+    base = found[WITHOUT]
     for name, groups in found.items():
         decoding, throughput = (
             "{:.2f} [{:.2f}, {:.2f}]".format(*ratios(*(np.array([speed(m) for m in x]) for x in (groups, base))))

@@ -22,6 +22,7 @@ from vllm_lvspec.draft.length import (
     Corrections,
     DraftPlan,
     FixedChains,
+    Refusal,
     RequestHistory,
     StepCosts,
     seconds_saved,
@@ -59,9 +60,9 @@ class VisualItem:
 class DraftRequest:
     """One running request: `token_ids [num_tokens]` are its prompt and all that was emitted, the newest token last.
 
-    `num_verified`: tokens of its last draft that were verified in this step. `target_slots`: from places of tokens in
-    the sequence (int64) to their slots in the target's KV cache, for models that copy; all but the newest token are
-    there.
+    `num_verified`: tokens of its last draft that were verified in this step. `ends`: tokens behind which nothing need be
+    drafted. `target_slots`: from places of tokens in the sequence (int64) to their slots in the target's KV cache, for
+    models that copy; all but the newest token are there.
     """
 
     req_id: str
@@ -71,6 +72,7 @@ class DraftRequest:
     prompt: Any  # what `DraftModel.prompt_positions` needs
     max_draft_tokens: int  # what is left of the request's length
     num_verified: int = 0
+    ends: frozenset[int] = frozenset()
     target_slots: Callable[[np.ndarray], np.ndarray] | None = None
 
 
@@ -179,12 +181,15 @@ class Drafter:
         self.chains = FixedChains()
         self.answers = Answers()
         self.corrections = Corrections()
+        self.refusal: Refusal | None = None  # to draft, while it stands
         self.prefill_seconds = 0.0
         self.foretold_seconds = 0.0  # what its forwards should take by `costs`, prompts apart
         self._scores = scores
         self._prompts: dict[str, _Prompt] = {}
         self._histories: dict[str, RequestHistory] = {}
         self._undraftable: set[str] = set()
+        # To look at a drafted token before all are drafted would hold up a device that works by itself.
+        self.sees_tokens = model.device.type == "cpu"
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
 
     def release(self, req_id: str) -> None:
@@ -206,18 +211,22 @@ class Drafter:
         """Drafted tokens of each request, at most `num_speculative_tokens`; empty where it can't be drafted for."""
         drafts: list[list[int]] = [[] for _ in requests]
         wanted: list[tuple[int, int]] = []  # draft length at most, index of the request
+        num_known = len(self._histories)
         for i, request in enumerate(requests):
-            self._roll_back(request)
+            self._follow(request)
             room = self.model.max_model_len - len(request.token_ids)
             length = min(num_speculative_tokens, request.max_draft_tokens, room)
             if length < 1:
                 self.counts["skipped_length"] += 1
             else:
                 wanted.append((length, i))
-        if self.costs is not None:
+        if self.costs is not None and wanted:
+            if self._is_refused(len(wanted), len(self._histories) > num_known):
+                self.counts["skipped_cost"] += len(wanted)
+                return drafts
             for _, i in wanted:
                 self._judge(requests[i], num_speculative_tokens)
-            if self.only_if_faster and wanted:
+            if self.only_if_faster:
                 wanted = self._paying(requests, wanted, num_speculative_tokens)
         ready = [(length, i) for length, i in wanted if self._prepare(requests[i], length)]
         if not ready:
@@ -236,8 +245,7 @@ class Drafter:
     def _judge(self, request: DraftRequest, max_length: int) -> None:
         """Learn from what became of the request's last draft."""
         num_tokens = len(request.token_ids)
-        history = self._histories.setdefault(request.req_id, RequestHistory())
-        history.num_emitted = num_tokens - request.num_prompt_tokens
+        history = self._histories[request.req_id]
         if self.is_adaptive:
             self.acceptance.learn(history, num_tokens, request.num_verified)
         elif history.num_tokens and request.num_verified == max_length:
@@ -262,9 +270,17 @@ class Drafter:
                 if saved * left > (0.0 if request.req_id in self.sequences else costs.prompt):
                     paying.append((length, i))
         self.counts["skipped_cost"] += len(wanted) - len(paying)
+        num_steps = 1 if self.refusal is None else self.refusal.num_steps
+        self.refusal = None
         if not paying:
-            self._doubt(candidates)
+            self.refusal = Refusal(self._doubt(candidates, num_steps), len(wanted), of_newcomers=saved <= 0)
         return paying
+
+    def _is_refused(self, num_requests: int, has_newcomers: bool) -> bool:
+        """Whether the last decision, that nothing be drafted, stands for this step."""
+        if self.refusal is None or self.costs is None or not self.only_if_faster:
+            return False
+        return self.refusal.stands(self.costs, num_requests, has_newcomers)
 
     def _plan(self, requests: Sequence[DraftRequest], max_length: int) -> DraftPlan:
         """What is known of the chances of `requests`, and what drafting for them costs."""
@@ -283,24 +299,31 @@ class Drafter:
         hidden = [s.num_hidden if (s := self.sequences.get(r.req_id)) else 0 for r in requests]
         return target, target - hidden
 
-    def _roll_back(self, request: DraftRequest) -> None:
-        """Forget what is not valid in the cache: drafted tokens that were rejected. The newest was never there.
+    def _follow(self, request: DraftRequest) -> None:
+        """Note how far the request has come, and forget what is not valid in the cache: drafted tokens that were
+        rejected. The newest was never there.
 
         In every step, drafted for or not: later, the request's length will not tell what was rejected.
         """
+        history = self._histories.get(request.req_id)
+        if history is None:
+            history = self._histories[request.req_id] = RequestHistory()
+        history.num_emitted = len(request.token_ids) - request.num_prompt_tokens
         if (sequence := self.sequences.get(request.req_id)) is not None:
             sequence.num_cached = min(sequence.num_cached, len(request.token_ids) - sequence.num_hidden - 1)
 
-    def _doubt(self, requests: Sequence[DraftRequest]) -> None:
-        """Nothing is learned of drafts that aren't made, so what was learned before is believed less and less."""
-        self.acceptance.fade()
-        self.chains.fade()
-        self.corrections.fade()
-        if self.costs is not None:
-            self.costs = self.costs.faded()
+    def _doubt(self, requests: Sequence[DraftRequest], num_steps: int) -> StepCosts:
+        """Nothing is learned of drafts that aren't made, so what was learned before is believed less and less. Returns
+        the costs from now on."""
+        assert self.costs is not None
+        self.acceptance.fade(num_steps)
+        self.chains.fade(num_steps)
+        self.corrections.fade(num_steps)
         if self.is_adaptive:
             for request in requests:
-                self._histories[request.req_id].fade()
+                self._histories[request.req_id].fade(num_steps)
+        self.costs = self.costs.faded(num_steps)
+        return self.costs
 
     # Preparing a request ------------------------------------------------------------------------------------------
 
@@ -429,12 +452,13 @@ class Drafter:
         contexts = self._contexts(requests)[1]
         self._foretell(costs, contexts)
         for step in range(1, lengths[0]):
-            going_on = active[[lengths[i] > step for i in active]]
+            ended = self._ended(requests, active, newest, plan is not None)
+            going_on = active[[lengths[i] > step and not end for i, end in zip(active, ended, strict=True)]]
             if plan is not None:
                 plan.take(active, self._note_chances(requests, active, newest))
                 going_on = plan.going_on(going_on) if len(going_on) else going_on
-                if not len(going_on):
-                    break
+            if not len(going_on):
+                break
             stays = np.searchsorted(active, going_on)
             token_ids = _rows(newest.token_ids, stays)
             if batch is None:
@@ -460,11 +484,20 @@ class Drafter:
         columns = pad_sequence([d.token_ids for d in drafted]).T.tolist()  # one copy to the host for all steps
         for row, members in zip(columns, rows_of_requests, strict=True):
             for token, i in zip(row, members, strict=False):
-                drafts[i].append(token)
+                if not drafts[i] or drafts[i][-1] not in requests[i].ends:
+                    drafts[i].append(token)
         for sequence, draft in zip(sequences, drafts, strict=True):
             # What the target has made of the newest token, with the whole video before it, will be better.
             sequence.num_cached += -1 if self.model.copies else len(draft) - 1
         return drafts
+
+    def _ended(
+        self, requests: list[DraftRequest], active: np.ndarray, newest: Drafted, is_awaited: bool
+    ) -> Sequence[bool]:
+        """Whether the newest drafted token of each of `active` ends its request, as far as one may look."""
+        if not (self.sees_tokens or is_awaited):
+            return [False] * len(active)
+        return [token in requests[i].ends for token, i in zip(newest.token_ids.tolist(), active, strict=True)]
 
     def _foretell(self, costs: StepCosts | None, contexts: np.ndarray) -> None:
         """Add what a forward over one token of each request should take, `contexts [num_requests]` in its cache."""

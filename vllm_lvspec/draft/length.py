@@ -38,6 +38,8 @@ _CHAINS_FADING = 0.9997
 # After so many steps costs are corrected by what these took, by so much at most.
 _FEW_STEPS = 16
 _MOST_CORRECTED = 16.0
+# So many steps a decision not to draft stands.
+_STEPS_OF_REST = 16
 # Of so many finished answers the length is remembered.
 _MOST_ANSWERS = 64.0
 
@@ -57,9 +59,9 @@ class StepCosts:
     target_per_row_context: float = 0.0
     prompt: float = 0.0
 
-    def faded(self) -> StepCosts:
+    def faded(self, num_steps: int) -> StepCosts:
         """The price of prompts a little lower: it is not taken again while none is read."""
-        return replace(self, prompt=_CHAINS_FADING * self.prompt)
+        return replace(self, prompt=_CHAINS_FADING**num_steps * self.prompt)
 
     def scaled(self, target: float, draft: float) -> StepCosts:
         """Of a machine that takes so many times as long for the target's part of a step, and for the drafter's."""
@@ -75,20 +77,26 @@ class StepCosts:
     def of_target(self, rows: float | np.ndarray, context: float | np.ndarray = 0.0) -> Any:
         return _interpolate(self.rows, self.target, rows) + self.target_per_context * context
 
-    def of_verification(self, num_requests: float, num_rows: float, context: float) -> float:
+    def of_verification(self, num_requests: float, num_rows: float | np.ndarray, context: float) -> Any:
         """What the target takes for `num_rows` of `num_requests`, as many of each, which have as much `context`."""
         further = num_rows / num_requests - 1
-        return float(self.of_target(num_rows, context)) + self.target_per_row_context * further * context
+        return self.of_target(num_rows, context) + self.target_per_row_context * further * context
 
     def of_draft(self, rows: float | np.ndarray, context: float | np.ndarray = 0.0) -> Any:
         return _interpolate(self.rows, self.draft, rows) + self.draft_per_context * context
 
 
 def seconds_saved(
-    costs: StepCosts, num_requests: int, length: int, tokens: float, target_context: float, draft_context: float
-) -> float:
+    costs: StepCosts,
+    num_requests: int,
+    length: int | np.ndarray,
+    tokens: float | np.ndarray,
+    target_context: float,
+    draft_context: float,
+) -> Any:
     """By drafts of `length` for all of `num_requests`, per request and emitted token, where `tokens` are emitted per
-    request and step; not above 0 where they don't pay. Contexts are those of all requests together."""
+    request and step; not above 0 where they don't pay. Contexts are those of all requests together. Of several lengths
+    `[num_lengths]` it gives as many."""
     alone = costs.of_target(num_requests, target_context)
     drafting = length * costs.of_draft(num_requests, draft_context)
     verifying = costs.of_verification(num_requests, num_requests * (1 + length), target_context)
@@ -130,10 +138,13 @@ class Corrections:
         self._factors: dict[tuple[str, int], float] = {}
         self._ratios: dict[tuple[str, int], list[float]] = defaultdict(list)
 
+    def factor(self, part: str, num_requests: int) -> float:
+        """How many times as long as by the table that part takes in steps of so many requests."""
+        return self._factors.get((part, num_requests.bit_length()), 1.0)
+
     def applied(self, costs: StepCosts, num_requests: int) -> StepCosts:
         """`costs` of steps of so many requests."""
-        size = num_requests.bit_length()
-        return costs.scaled(self._factors.get(("target", size), 1.0), self._factors.get(("draft", size), 1.0))
+        return costs.scaled(self.factor("target", num_requests), self.factor("draft", num_requests))
 
     def note(self, part: str, num_requests: int, seconds: float, foretold: float) -> float | None:
         """A step's target's or drafter's part took `seconds`: what `correct` is to be told, once in a while."""
@@ -147,15 +158,14 @@ class Corrections:
 
     def correct(self, part: str, num_requests: int, factor: float) -> None:
         """Steps of so many requests take `factor` times as long as foretold, which was corrected before."""
-        key = part, num_requests.bit_length()
-        corrected = factor * self._factors.get(key, 1.0)
-        self._factors[key] = min(max(corrected, 1 / _MOST_CORRECTED), _MOST_CORRECTED)
+        corrected = factor * self.factor(part, num_requests)
+        self._factors[part, num_requests.bit_length()] = min(max(corrected, 1 / _MOST_CORRECTED), _MOST_CORRECTED)
 
-    def fade(self) -> None:
+    def fade(self, num_steps: int) -> None:
         """Go a little way back to the beginning: nothing is learned of drafting without it."""
         for key in self._factors:
             if key[0] == "draft":
-                self._factors[key] **= _CHAINS_FADING
+                self._factors[key] **= _CHAINS_FADING**num_steps
 
 
 class RunningMean:
@@ -183,6 +193,27 @@ class RunningMean:
         self.total, self.count = left * self.total + more * self.start, left * self.count + more
 
 
+@dataclass
+class Refusal:
+    """That drafting paid for nobody of `num_requests` at these `costs`. It stands for some steps of as many requests: to
+    decide anew takes as long as a small model's layer. `of_newcomers`: also where others are among them, because it was
+    not for what is to be paid for a request's prompt. `num_steps` have gone without drafts by it.
+    """
+
+    costs: StepCosts
+    num_requests: int
+    of_newcomers: bool
+    num_steps: int = 1
+
+    def stands(self, costs: StepCosts, num_requests: int, has_newcomers: bool) -> bool:
+        """Whether the next step goes without drafts, too."""
+        is_other = costs is not self.costs or num_requests != self.num_requests
+        if is_other or (has_newcomers and not self.of_newcomers) or self.num_steps == _STEPS_OF_REST:
+            return False
+        self.num_steps += 1
+        return True
+
+
 class FixedChains:
     """What becomes of drafts of fixed length: the share of their tokens that is accepted."""
 
@@ -196,9 +227,9 @@ class FixedChains:
     def learn(self, num_accepted: int, length: int) -> None:
         self._share.note(num_accepted / length)
 
-    def fade(self) -> None:
+    def fade(self, num_steps: int) -> None:
         """Go a little way back to the beginning: times may have changed."""
-        self._share.fade(_CHAINS_FADING)
+        self._share.fade(_CHAINS_FADING**num_steps)
 
 
 class Answers:
@@ -222,7 +253,6 @@ class RequestHistory:
 
     accepted: float = 0.0
     expected: float = 0.0
-    judged: float = 0.0
     # Of the newest draft, which has not been judged: confidences, and how many tokens the request had then.
     confidences: Sequence[float] = field(default_factory=list)
     num_tokens: int = 0
@@ -233,9 +263,10 @@ class RequestHistory:
         """What other requests' chances are multiplied by."""
         return (self.accepted + _REQUEST_WEIGHT) / (self.expected + _REQUEST_WEIGHT)
 
-    def fade(self) -> None:
+    def fade(self, num_steps: int) -> None:
         """Go a little way back to where nothing is known of the request."""
-        self.accepted, self.expected = self.accepted * _FADING, self.expected * _FADING
+        left = _FADING**num_steps
+        self.accepted, self.expected = self.accepted * left, self.expected * left
 
 
 class Acceptance:
@@ -256,10 +287,11 @@ class Acceptance:
         """Of all tokens, by how often each confidence occurs."""
         return float(self.accepted.sum() / self.judged.sum())
 
-    def fade(self) -> None:
+    def fade(self, num_steps: int) -> None:
         """Go a little way back to the beginning: times may have changed."""
-        self.judged += (1 - _FADING) * (_PRIOR_WEIGHT - self.judged)
-        self.accepted += (1 - _FADING) * (self._prior - self.accepted)
+        gone = 1 - _FADING**num_steps
+        self.judged += gone * (_PRIOR_WEIGHT - self.judged)
+        self.accepted += gone * (self._prior - self.accepted)
 
     def learn(self, history: RequestHistory, num_tokens: int, num_verified: int) -> None:
         """Judge the request's newest draft, of which `num_verified` tokens were verified; it has `num_tokens` now."""
@@ -273,7 +305,6 @@ class Acceptance:
         bins = _bins(judged)
         history.expected += float(self.chances(judged).sum())
         history.accepted += num_accepted
-        history.judged += len(judged)
         outcomes = np.arange(len(judged)) < num_accepted
         np.add.at(self.judged, bins, 1.0)
         np.add.at(self.accepted, bins, outcomes.astype(float))
@@ -315,13 +346,9 @@ class DraftPlan:
     def seconds_saved(self) -> float:
         """`seconds_saved` by the best length for all."""
         num, contexts = len(self.rates), (float(self.target_context.sum()), float(self.draft_context.sum()))
-        tokens, best = float(num), -math.inf
-        survival = np.ones(num)
-        for length in range(1, self.max_length + 1):
-            survival *= self.rates
-            tokens += float(survival.sum())
-            best = max(best, seconds_saved(self.costs, num, length, tokens / num, *contexts))
-        return best
+        lengths = np.arange(1, self.max_length + 1)
+        accepted = (self.rates ** lengths[:, None]).sum(1).cumsum()
+        return float(seconds_saved(self.costs, num, lengths, 1 + accepted / num, *contexts).max())
 
     def take(self, requests: np.ndarray, chances: np.ndarray) -> None:
         """Count one drafted token, accepted with `chances`, for each of `requests` (indices)."""

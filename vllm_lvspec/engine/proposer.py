@@ -28,6 +28,8 @@ from vllm_lvspec.draft.length import StepCosts, smooth_costs
 from vllm_lvspec.draft.pruning import STRATEGIES, VisualGrid
 from vllm_lvspec.engine.arguments import lvspec_config
 from vllm_lvspec.engine.draft_model import PromptView, SelfDraftModel, VLLMDraftModel
+from vllm_lvspec.engine.requests import end_ids
+from vllm_lvspec.verify.policies import POLICIES
 
 logger = init_logger("vllm.lvspec")
 
@@ -42,12 +44,13 @@ PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 @dataclass(slots=True)
 class _Known:
-    """What stays the same of a request; `max_length`: of prompt and answer."""
+    """What stays the same of a request; `max_length`: of prompt and answer; `ends`: where drafts end."""
 
     num_prompt_tokens: int
     items: list[VisualItem]
     prompt: PromptView
     max_length: int
+    ends: frozenset[int]
 
 
 class LVSpecProposer:
@@ -165,8 +168,9 @@ class LVSpecProposer:
         assert self.drafter is not None
         if self.drafter.costs is None:
             return
-        costs = self.drafter.corrections.applied(self.drafter.costs, num_requests)
-        self._correct("target", num_requests, seconds, costs.of_verification(num_requests, num_rows, context))
+        foretold = self.drafter.costs.of_verification(num_requests, num_rows, context)
+        foretold *= self.drafter.corrections.factor("target", num_requests)
+        self._correct("target", num_requests, seconds, float(foretold))
 
     def _correct(self, part: str, num_requests: int, seconds: float, foretold: float) -> None:
         """All ranks note the same steps, and go by the first one's clock."""
@@ -254,6 +258,7 @@ class LVSpecProposer:
             prompt=known.prompt,
             max_draft_tokens=known.max_length - len(token_ids) - 1,  # the last one is the target's
             num_verified=num_verified,
+            ends=known.ends,
             target_slots=functools.partial(self._target_slots, row),
         )
 
@@ -266,6 +271,7 @@ class LVSpecProposer:
             [self._visual_item(feature) for feature in state.mm_features],
             PromptView(state.prompt_token_ids, state.mm_features),
             min(num_prompt_tokens + max_tokens, max_model_len),
+            frozenset() if POLICIES[self.config.policy].reads_past_end else end_ids(state.sampling_params),
         )
 
     def _target_slots(self, row: int, places: np.ndarray) -> np.ndarray:

@@ -71,6 +71,12 @@ def request_rules(params: SamplingParams, config: LVSpecConfig) -> RequestRules:
     )
 
 
+def end_ids(params: SamplingParams) -> frozenset[int]:
+    """Tokens behind which the scheduler cuts a request's answer off."""
+    ends = {params.eos_token_id, *(params.stop_token_ids or ())}  # no end of sequence under `ignore_eos`
+    return frozenset(token for token in ends if token is not None)
+
+
 class RequestChecker(LogitsProcessor):
     """Not a processor: what vLLM's front end asks before it admits a request."""
 

@@ -28,7 +28,7 @@ from vllm_lvspec.config import LVSpecConfigError
 from vllm_lvspec.draft.pruning import STRATEGIES
 from vllm_lvspec.engine.arguments import lvspec_config
 from vllm_lvspec.engine.proposer import embedded_rows
-from vllm_lvspec.engine.requests import RequestError, request_rules
+from vllm_lvspec.engine.requests import RequestError, end_ids, request_rules
 from vllm_lvspec.kernels.acceptance import EXACT, LOOSE, SHIFT, TARGET, Accepted
 from vllm_lvspec.kernels.relevance import VisualPages
 from vllm_lvspec.verify.features import FeatureCache, Layout, Projection, num_shares, tag_of
@@ -501,7 +501,7 @@ class Verification:
 
 def _until_end(tokens: list[int], params: SamplingParams) -> int:
     """How many of `tokens` there are up to the first that ends the request."""
-    ends = {params.eos_token_id, *(params.stop_token_ids or ())}
+    ends = end_ids(params)
     if ends.isdisjoint(tokens):
         return len(tokens)
     return next(i for i, token in enumerate(tokens) if token in ends) + 1

@@ -39,4 +39,4 @@ def _deferred(evidence: Evidence, config: LVSpecConfig) -> torch.Tensor:
     return torch.where(passes, 0.0, float("nan"))
 
 
-FLY = Policy(score=_deferred, num_fillers=lambda relaxation, k: k, is_guarded=False)
+FLY = Policy(score=_deferred, num_fillers=lambda relaxation, k: k, is_guarded=False, reads_past_end=True)

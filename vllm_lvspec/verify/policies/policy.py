@@ -43,7 +43,7 @@ class Policy:
     `score(evidence, config) -> [num_drafted]` float32, or None: everything is an anchor. `num_fillers(relaxation, k)`:
     how many of k drafted tokens are fillers. `uses_relevance`: whether the score needs visual features.
     `has_relaxation`: whether relaxation decides how loose it is, and anchors may shift. `is_guarded`: whether guards
-    and the floor on probabilities are for it.
+    and the floor on probabilities are for it. `reads_past_end`: whether what is drafted behind an end token counts.
     """
 
     score: Callable[[Evidence, LVSpecConfig], torch.Tensor] | None = None
@@ -51,6 +51,7 @@ class Policy:
     uses_relevance: bool = False
     has_relaxation: bool = False
     is_guarded: bool = True
+    reads_past_end: bool = False
 
     def is_loose(self, relaxation: float) -> bool:
         """Whether anything but the target's choices may be emitted."""
