@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 OPENMP := $(CURDIR)/$(VENV)/lib/libiomp5.so
 RUN := env HF_HUB_OFFLINE=1 $$(test -e $(OPENMP) && echo LD_PRELOAD=$(OPENMP))
 
-.PHONY: help setup demo test lint format bench pairs clean
+.PHONY: help setup demo test views lint format bench pairs clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -20,6 +20,15 @@ demo: setup ## Serve a bundled pair and let it describe a video
 
 test: setup ## Run the tests
 	$(RUN) $(BIN)/python -m pytest
+
+# Each strategy, and the target as its own drafter in both ways; the default view's turn comes with `make test`.
+VIEWS := '{"pruning": "none"}' '{"pruning": "random"}' '{"pruning": "redundancy"}' '{"pruning": "attention"}' \
+	'{"pruning": "similarity"}' '{"model": "self"}' '{"model": "self", "self_cache": "compute"}'
+LOSSLESS := $(addprefix tests/engine/test_,lossless.py sampling.py families.py tensor_parallel.py)
+views: setup ## Run the tests of lossless outputs with every view that a drafter may have (an hour on two cores)
+	for view in $(VIEWS); do \
+		echo "$$view"; LVSPEC_TEST_VIEW="$$view" $(RUN) $(BIN)/python -m pytest $(LOSSLESS) || exit; \
+	done
 
 lint: setup ## Check style and types
 	$(BIN)/ruff check .

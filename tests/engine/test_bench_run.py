@@ -6,10 +6,13 @@ import jsonschema
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
+from vllm import envs
 
+from vllm_lvspec.bench import lengths
 from vllm_lvspec.bench.command import BenchOptions, run_bench
 from vllm_lvspec.bench.peers import DraftSettings
 from vllm_lvspec.bench.results import json_schema
+from vllm_lvspec.bench.samples import videofacts
 from vllm_lvspec.bench.videofacts.scene import Scene, write_mp4
 from vllm_lvspec.cli import app
 
@@ -96,3 +99,17 @@ def test_the_command_names_wrong_options():
     result = CliRunner().invoke(app, ["bench", "--json", "x.json", "--policies", "ar,fast"])
     assert result.exit_code == 2
     assert "policies='fast': must be of ar, ngram, strict" in result.output.replace("\n", " ")
+
+
+def test_lengths_of_drafts_are_compared_with_vllm_without_speculation_in_one_process(monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that it is set back
+    envs.disable_envs_cache()  # the last engine's, in which vLLM reads its environment once
+    samples = videofacts(2, 72, ("choice", "question"))
+    found = lengths.measure("qwen2_5_vl", None, "strict", [4, 8], samples, 2)
+    assert list(found)[:2] == [lengths.WITHOUT, "none"]
+    tokens = {name: [group.tokens for group in groups] for name, groups in found.items()}
+    assert all(len(groups) == 2 and groups == tokens[lengths.WITHOUT] for groups in tokens.values())
+    steps = {name: sum(group.steps for group in groups) for name, groups in found.items()}
+    assert steps["none"] == steps[lengths.WITHOUT] == sum(group.decoded for group in found["none"])
+    assert steps["8"] < steps["4"] < steps["none"]
+    assert all(group.wall_seconds > 0 and group.decode_seconds > 0 for groups in found.values() for group in groups)

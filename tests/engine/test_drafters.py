@@ -139,6 +139,23 @@ def test_drafts_as_long_as_they_pay_change_no_output(engines, oracle):
     nothing_left(engine)
 
 
+@pytest.mark.parametrize("cache", ["copy", "compute"])
+def test_nothing_is_drafted_behind_what_ends_an_answer(cache, engines):
+    engine = engines(QWEN, lvspec={**SELF, "self_cache": cache, "pruning": "none"})
+    requests = [replace(r, params=greedy(40)) for r in generate_requests(QWEN, 18, seed=13)]
+    whole = token_ids(engines(QWEN).run(requests))
+    ends = [3 + i for i in range(len(requests))]
+    requests = [
+        replace(r, params=SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop_token_ids=[tokens[end]]))
+        for r, tokens, end in zip(requests, whole, ends, strict=True)
+    ]
+    before = engine.stats()["drafted_tokens"]
+    got = token_ids(engine.run(requests, (8, 1, 3)))
+    assert got == [tokens[: tokens.index(tokens[end]) + 1] for tokens, end in zip(whole, ends, strict=True)]
+    # Whoever drafts for itself is always right, so that nothing is drafted which is not part of the answer.
+    assert 0 < engine.stats()["drafted_tokens"] - before <= sum(map(len, got)) - len(got)
+
+
 @pytest.mark.parametrize(
     ("drafter", "settings"),
     [

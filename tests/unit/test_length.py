@@ -153,8 +153,8 @@ def test_chances_stay_chances_whatever_is_learnt(drafts):
     assert ((chances > 0) & (chances < 1)).all()
     assert 0 < acceptance.mean() < 1
     assert (acceptance.judged <= 512).all()
-    assert 0 <= history.accepted
-    assert 0 <= history.expected
+    assert history.accepted >= 0
+    assert history.expected >= 0
     assert history.factor > 0
 
 

@@ -60,9 +60,9 @@ class VisualItem:
 class DraftRequest:
     """One running request: `token_ids [num_tokens]` are its prompt and all that was emitted, the newest token last.
 
-    `num_verified`: tokens of its last draft that were verified in this step. `ends`: tokens behind which nothing need be
-    drafted. `target_slots`: from places of tokens in the sequence (int64) to their slots in the target's KV cache, for
-    models that copy; all but the newest token are there.
+    `num_verified`: tokens of its last draft that were verified in this step. `ends`: tokens behind which nothing is to
+    be drafted. `target_slots`: from places of tokens in the sequence (int64) to their slots in the target's KV cache,
+    for models that copy; all but the newest token are there.
     """
 
     req_id: str

@@ -195,9 +195,11 @@ class RunningMean:
 
 @dataclass
 class Refusal:
-    """That drafting paid for nobody of `num_requests` at these `costs`. It stands for some steps of as many requests: to
-    decide anew takes as long as a small model's layer. `of_newcomers`: also where others are among them, because it was
-    not for what is to be paid for a request's prompt. `num_steps` have gone without drafts by it.
+    """That drafting paid for nobody of `num_requests` at these `costs`.
+
+    It stands for some steps of as many requests, because to decide anew takes as long as a layer of a small model.
+    `of_newcomers`: also where others are among them, as it was not for what a request's prompt costs the drafter.
+    `num_steps` have gone without drafts by it.
     """
 
     costs: StepCosts
