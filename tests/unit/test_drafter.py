@@ -213,14 +213,16 @@ def kept_tokens(request: DraftRequest, ratio=0.5, strategy="uniform", scores=Non
     return kept
 
 
-def oracle(request: DraftRequest, k: int, kept: set[int] | None = None, copies: bool = False) -> list[int]:
-    """The drafts of a fresh cache, up to the first token that ends the request."""
+def oracle(
+    request: DraftRequest, k: int, kept: set[int] | None = None, copies: bool = False, sees_tokens: bool = True
+) -> list[int]:
+    """The drafts of a fresh cache, up to the first token that ends the request where one may look."""
     kept = kept_tokens(request) if kept is None else kept
     tokens = request.token_ids.tolist()
     drafts = []
     for _ in range(k):
         drafts.append(SlotModel.next_token(expected_entries(request, kept, tokens + drafts, copies)))
-        if drafts[-1] in request.ends:
+        if sees_tokens and drafts[-1] in request.ends:
             break
     return drafts
 
@@ -277,15 +279,13 @@ def run_history(data, copies: bool, adaptive: bool) -> None:
         copied, computed = [], 0
         for name, draft in drafts.items():
             request = requests[name]
-            fresh = oracle(request, k, copies=copies)
+            fresh = oracle(request, k, copies=copies, sees_tokens=adaptive or drafter.sees_tokens)
             assert draft == (fresh[: len(draft)] if adaptive else fresh if draft else [])
             if draft:
                 kept, newest = kept_tokens(request), len(request.token_ids) - 1
                 missing = [i for i in range(cached[name], newest) if i >= request.num_prompt_tokens or i in kept]
                 copied += [(name, i) for i in missing]
-                # Whoever may not look drafts on behind an end, for nothing.
-                computed += len(draft) if adaptive or drafter.sees_tokens else k
-                computed += 0 if copies else len(missing)
+                computed += len(draft) + (0 if copies else len(missing))
                 cached[name] = newest if copies else newest + len(draft)
         assert model.num_computed - num_computed == computed
         if copies:
@@ -356,22 +356,34 @@ def test_requests_with_less_room_leave_the_batch_early_and_the_others_go_on():
     assert drafter.counts["skipped_length"] == 1
 
 
-@pytest.mark.parametrize("sees_tokens", [True, False])
-def test_nothing_is_drafted_behind_a_token_that_ends_the_request(sees_tokens):
+def test_nothing_is_drafted_behind_a_token_that_ends_the_request():
     model = SlotModel()
     drafter = make_drafter(model)
-    drafter.sees_tokens = sees_tokens
     requests = [make_request(name) for name in "abc"]
     whole = [oracle(r, 6) for r in requests]
     requests[0] = replace(requests[0], ends=frozenset({whole[0][2], VOCAB + 5}))
     requests[1] = replace(requests[1], ends=frozenset({whole[1][0]}))
     assert drafter.propose(requests, 6) == [whole[0][:3], whole[1][:1], whole[2]]
     assert drafter.counts["drafted_tokens"] == 10
-    # Where tokens can be seen at no cost, who has ended leaves the batch.
-    assert [len(batch.seq_lens) for batch in model.batches] == ([3, 2, 2, 1, 1, 1] if sees_tokens else [3] * 6)
+    assert [len(batch.seq_lens) for batch in model.batches] == [3, 2, 2, 1, 1, 1]
     # The target thought otherwise: it goes on behind what was refused.
     requests = [extended(r, [5]) for r in requests]
     assert drafter.propose(requests, 4) == [oracle(r, 4) for r in requests]
+
+
+def test_where_a_look_would_hold_up_the_device_drafts_have_their_full_length_and_need_no_graph_of_another_size():
+    drafter = make_drafter()
+    drafter.sees_tokens = False
+    request = make_request()
+    whole = oracle(request, 6)
+    assert drafter.propose([replace(request, ends=frozenset(whole[:2]))], 6) == [whole]
+
+
+def test_a_request_that_has_just_ended_is_not_drafted_for():
+    drafter = make_drafter()
+    requests = [make_request("a"), replace(make_request("b"), is_done=True)]
+    assert drafter.propose(requests, 3) == [oracle(requests[0], 3), []]
+    assert set(drafter.sequences) == {"a"}
 
 
 def test_when_all_have_ended_no_forward_is_left_to_do():
@@ -958,7 +970,7 @@ def test_what_was_learned_is_believed_less_by_as_many_steps_as_a_refusal_stood_f
     assert once.costs.prompt < 1.0
 
 
-def test_a_refusal_because_of_a_prompt_does_not_stand_for_newcomers():
+def test_a_refusal_does_not_stand_for_newcomers():
     # Half a second is saved for every token, or a little less.
     drafter = only_if_faster(SlotModel(max_model_len=10**6), replace(AS_DEAR_AS_A_STEP, prompt=10.0))
     for _ in range(1000):
@@ -989,6 +1001,42 @@ def test_only_chains_of_full_length_are_learnt_from():
         request = extended(request, [*draft[:1], 3], len(draft))
     assert len(draft) == 3
     assert drafter.chains.tokens(10) == 11
+
+
+@pytest.mark.parametrize("sees_tokens", [True, False])
+def test_ends_that_are_refused_are_learnt_from(sees_tokens):
+    """The drafter wants to end, and the target goes on."""
+    drafter = only_if_faster(SlotModel(max_model_len=10**6), AS_DEAR_AS_A_STEP)
+    drafter.sees_tokens = sees_tokens
+    request = make_request(max_draft=10**6)
+    lengths = []
+    for _ in range(200):
+        request = replace(request, ends=frozenset(oracle(request, 1)))
+        (draft,) = drafter.propose([request], 10)
+        lengths.append(len(draft))
+        request = extended(request, [(draft[0] if draft else 0) + 1], len(draft))
+    assert lengths[0] == (1 if sees_tokens else 10)
+    assert sum(length > 0 for length in lengths[100:]) <= 2
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("is_loose", [False, True])
+def test_an_accepted_end_is_learnt_from_whether_a_token_stands_behind_it_or_not(is_loose, adaptive):
+    drafter = only_if_faster(SlotModel(max_model_len=10**6), FREE)
+    drafter.is_adaptive = adaptive
+    before = drafter.acceptance.accepted.sum()
+    for number in range(40):
+        request = make_request(str(number), max_draft=10**6)
+        request = replace(request, ends=frozenset(oracle(request, 4)[3:]))
+        (draft,) = drafter.propose([request], 10)
+        assert len(draft) <= 4
+        request = replace(extended(request, draft if is_loose else [*draft, 7], len(draft)), is_done=True)
+        assert drafter.propose([request], 10) == [[]]
+        drafter.release(request.req_id)
+    if adaptive:
+        assert drafter.acceptance.accepted.sum() - before == pytest.approx(40 * 4)
+    else:
+        assert drafter.chains.tokens(10) == pytest.approx(1 + 10 * (8 + 40 * 0.4) / 48)
 
 
 def test_a_prompt_is_read_where_what_is_left_of_the_answer_pays_for_it():

@@ -69,7 +69,7 @@ def drafted(confidences, num_tokens=10) -> RequestHistory:
 def outcomes_of(acceptance: Acceptance, history: RequestHistory, num_tokens: int, num_verified: int) -> list:
     """What learning adds, `(judged, accepted)` of every bin that changes, by falling confidence."""
     judged, accepted = acceptance.judged.copy(), acceptance.accepted.copy()
-    acceptance.learn(history, num_tokens, num_verified)
+    acceptance.learn(history, num_tokens - history.num_tokens - 1, num_verified)
     judged, accepted = acceptance.judged - judged, acceptance.accepted - accepted
     return [(round(judged[i], 6), round(accepted[i], 6)) for i in reversed(np.flatnonzero(judged))]
 
@@ -121,7 +121,7 @@ def test_chances_become_the_shares_that_were_accepted_and_rise_with_confidence()
     for confidence, share in zip(CONFIDENCES, shares, strict=True):
         for i in range(400):
             accepted = int((i + 1) * share) - int(i * share)
-            acceptance.learn(drafted([confidence]), 11 + accepted, 1)
+            acceptance.learn(drafted([confidence]), accepted, 1)
     chances = acceptance.chances(CONFIDENCES)
     assert (np.diff(chances) > 0).all()
     assert np.abs(chances - shares).max() < 0.02
@@ -131,12 +131,12 @@ def test_chances_become_the_shares_that_were_accepted_and_rise_with_confidence()
 def test_old_days_are_forgotten():
     acceptance = Acceptance()
     for _ in range(300):
-        acceptance.learn(drafted([0.9] * 10), 21, 10)
+        acceptance.learn(drafted([0.9] * 10), 10, 10)
     assert acceptance.judged.max() == 512
     assert acceptance.chances([0.9])[0] > 0.97
     others = acceptance.chances([0.5, 0.999])
     for _ in range(1500):
-        acceptance.learn(drafted([0.9]), 11, 1)
+        acceptance.learn(drafted([0.9]), 0, 1)
     assert acceptance.chances([0.9])[0] < 0.1
     assert (acceptance.chances([0.5, 0.999]) == others).all()
     assert acceptance.judged.max() == 512
@@ -147,14 +147,15 @@ def test_old_days_are_forgotten():
 def test_chances_stay_chances_whatever_is_learnt(drafts):
     acceptance, history = Acceptance(), RequestHistory()
     for confidences, emitted, num_verified in drafts:
-        history.confidences, history.num_tokens = confidences, 10
-        acceptance.learn(history, 10 + emitted, num_verified)
+        history.confidences = confidences
+        acceptance.learn(history, emitted - 1, num_verified)
     chances = acceptance.chances(CONFIDENCES)
     assert ((chances > 0) & (chances < 1)).all()
     assert 0 < acceptance.mean() < 1
     assert (acceptance.judged <= 512).all()
-    assert history.accepted >= 0
-    assert history.expected >= 0
+    num_judged = sum(min(len(confidences), num_verified) for confidences, _, num_verified in drafts)
+    assert 0 <= history.accepted <= num_judged
+    assert 0 <= history.expected <= num_judged
     assert history.factor > 0
 
 
@@ -165,9 +166,9 @@ def test_a_requests_own_past_outweighs_that_of_others_slowly():
     factors = []
     for _ in range(200):
         good.confidences, good.num_tokens = [0.9], 10
-        acceptance.learn(good, 12, 1)
+        acceptance.learn(good, 1, 1)
         bad.confidences, bad.num_tokens = [0.9], 10
-        acceptance.learn(bad, 11, 1)
+        acceptance.learn(bad, 0, 1)
         factors.append(bad.factor)
     assert factors[0] > 0.9  # one token says little
     assert factors[-1] < 0.25

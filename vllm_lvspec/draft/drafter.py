@@ -60,9 +60,10 @@ class VisualItem:
 class DraftRequest:
     """One running request: `token_ids [num_tokens]` are its prompt and all that was emitted, the newest token last.
 
-    `num_verified`: tokens of its last draft that were verified in this step. `ends`: tokens behind which nothing is to
-    be drafted. `target_slots`: from places of tokens in the sequence (int64) to their slots in the target's KV cache,
-    for models that copy; all but the newest token are there.
+    `num_verified`: tokens of its last draft that were verified in this step. `ends`: tokens behind which drafting stops
+    where drafted tokens can be seen as they come; `is_done`: whether this step has emitted the answer's end.
+    `target_slots`: from places of tokens in the sequence (int64) to their slots in the target's KV cache, for models
+    that copy; all but the newest token are there.
     """
 
     req_id: str
@@ -73,6 +74,7 @@ class DraftRequest:
     max_draft_tokens: int  # what is left of the request's length
     num_verified: int = 0
     ends: frozenset[int] = frozenset()
+    is_done: bool = False
     target_slots: Callable[[np.ndarray], np.ndarray] | None = None
 
 
@@ -213,21 +215,26 @@ class Drafter:
         wanted: list[tuple[int, int]] = []  # draft length at most, index of the request
         num_known = len(self._histories)
         for i, request in enumerate(requests):
-            self._follow(request)
+            self._roll_back(request)
             room = self.model.max_model_len - len(request.token_ids)
             length = min(num_speculative_tokens, request.max_draft_tokens, room)
             if length < 1:
                 self.counts["skipped_length"] += 1
-            else:
-                wanted.append((length, i))
+                continue
+            wanted.append((length, i))
+            history = self._histories.get(request.req_id)
+            if history is None:
+                history = self._histories[request.req_id] = RequestHistory()
+            history.num_emitted = len(request.token_ids) - request.num_prompt_tokens
         if self.costs is not None and wanted:
             if self._is_refused(len(wanted), len(self._histories) > num_known):
                 self.counts["skipped_cost"] += len(wanted)
                 return drafts
             for _, i in wanted:
                 self._judge(requests[i], num_speculative_tokens)
-            if self.only_if_faster:
-                wanted = self._paying(requests, wanted, num_speculative_tokens)
+        wanted = [(length, i) for length, i in wanted if not requests[i].is_done]
+        if self.costs is not None and self.only_if_faster and wanted:
+            wanted = self._paying(requests, wanted, num_speculative_tokens)
         ready = [(length, i) for length, i in wanted if self._prepare(requests[i], length)]
         if not ready:
             return drafts
@@ -244,12 +251,15 @@ class Drafter:
 
     def _judge(self, request: DraftRequest, max_length: int) -> None:
         """Learn from what became of the request's last draft."""
-        num_tokens = len(request.token_ids)
         history = self._histories[request.req_id]
+        num_tokens = len(request.token_ids)
+        # Every step emits one token more than it accepts, but for one in which a loose policy accepts the end.
+        num_accepted = num_tokens - history.num_tokens - 1
+        num_accepted += request.is_done and request.num_verified > 0 and history.num_until_end == num_accepted + 1
         if self.is_adaptive:
-            self.acceptance.learn(history, num_tokens, request.num_verified)
-        elif history.num_tokens and request.num_verified == max_length:
-            self.chains.learn(num_tokens - history.num_tokens - 1, max_length)
+            self.acceptance.learn(history, num_accepted, request.num_verified)
+        elif history.num_tokens and request.num_verified in (max_length, history.num_until_end):
+            self.chains.learn(num_accepted, max_length)
         history.num_tokens = num_tokens
 
     def _paying(
@@ -273,14 +283,14 @@ class Drafter:
         num_steps = 1 if self.refusal is None else self.refusal.num_steps
         self.refusal = None
         if not paying:
-            self.refusal = Refusal(self._doubt(candidates, num_steps), len(wanted), of_newcomers=saved <= 0)
+            self.refusal = Refusal(self._doubt(candidates, num_steps), len(wanted))
         return paying
 
     def _is_refused(self, num_requests: int, has_newcomers: bool) -> bool:
         """Whether the last decision, that nothing be drafted, stands for this step."""
         if self.refusal is None or self.costs is None or not self.only_if_faster:
             return False
-        return self.refusal.stands(self.costs, num_requests, has_newcomers)
+        return not has_newcomers and self.refusal.stands(self.costs, num_requests)
 
     def _plan(self, requests: Sequence[DraftRequest], max_length: int) -> DraftPlan:
         """What is known of the chances of `requests`, and what drafting for them costs."""
@@ -299,16 +309,11 @@ class Drafter:
         hidden = [s.num_hidden if (s := self.sequences.get(r.req_id)) else 0 for r in requests]
         return target, target - hidden
 
-    def _follow(self, request: DraftRequest) -> None:
-        """Note how far the request has come, and forget what is not valid in the cache: drafted tokens that were
-        rejected. The newest was never there.
+    def _roll_back(self, request: DraftRequest) -> None:
+        """Forget what is not valid in the cache: drafted tokens that were rejected. The newest was never there.
 
         In every step, drafted for or not: later, the request's length will not tell what was rejected.
         """
-        history = self._histories.get(request.req_id)
-        if history is None:
-            history = self._histories[request.req_id] = RequestHistory()
-        history.num_emitted = len(request.token_ids) - request.num_prompt_tokens
         if (sequence := self.sequences.get(request.req_id)) is not None:
             sequence.num_cached = min(sequence.num_cached, len(request.token_ids) - sequence.num_hidden - 1)
 
@@ -484,8 +489,10 @@ class Drafter:
         columns = pad_sequence([d.token_ids for d in drafted]).T.tolist()  # one copy to the host for all steps
         for row, members in zip(columns, rows_of_requests, strict=True):
             for token, i in zip(row, members, strict=False):
-                if not drafts[i] or drafts[i][-1] not in requests[i].ends:
-                    drafts[i].append(token)
+                drafts[i].append(token)
+        for request, draft in zip(requests, drafts, strict=True):
+            until_end = (count for count, token in enumerate(draft, 1) if token in request.ends)
+            self._histories[request.req_id].num_until_end = next(until_end, None)
         for sequence, draft in zip(sequences, drafts, strict=True):
             # What the target has made of the newest token, with the whole video before it, will be better.
             sequence.num_cached += -1 if self.model.copies else len(draft) - 1

@@ -197,23 +197,19 @@ class RunningMean:
 class Refusal:
     """That drafting paid for nobody of `num_requests` at these `costs`.
 
-    It stands for some steps of as many requests, because to decide anew takes as long as a layer of a small model.
-    `of_newcomers`: also where others are among them, as it was not for what a request's prompt costs the drafter.
+    It stands for some steps of the same requests, because to decide anew takes as long as a layer of a small model.
     `num_steps` have gone without drafts by it.
     """
 
     costs: StepCosts
     num_requests: int
-    of_newcomers: bool
     num_steps: int = 1
 
-    def stands(self, costs: StepCosts, num_requests: int, has_newcomers: bool) -> bool:
+    def stands(self, costs: StepCosts, num_requests: int) -> bool:
         """Whether the next step goes without drafts, too."""
-        is_other = costs is not self.costs or num_requests != self.num_requests
-        if is_other or (has_newcomers and not self.of_newcomers) or self.num_steps == _STEPS_OF_REST:
-            return False
-        self.num_steps += 1
-        return True
+        is_over = costs is not self.costs or num_requests != self.num_requests or self.num_steps == _STEPS_OF_REST
+        self.num_steps += not is_over
+        return not is_over
 
 
 class FixedChains:
@@ -255,9 +251,10 @@ class RequestHistory:
 
     accepted: float = 0.0
     expected: float = 0.0
-    # Of the newest draft, which has not been judged: confidences, and how many tokens the request had then.
+    # Of the newest draft, which has not been judged: confidences, how many tokens the request had then, and more.
     confidences: Sequence[float] = field(default_factory=list)
     num_tokens: int = 0
+    num_until_end: int | None = None  # its tokens up to the first that would end the answer
     num_emitted: int = 0
 
     @property
@@ -295,11 +292,10 @@ class Acceptance:
         self.judged += gone * (_PRIOR_WEIGHT - self.judged)
         self.accepted += gone * (self._prior - self.accepted)
 
-    def learn(self, history: RequestHistory, num_tokens: int, num_verified: int) -> None:
-        """Judge the request's newest draft, of which `num_verified` tokens were verified; it has `num_tokens` now."""
+    def learn(self, history: RequestHistory, num_accepted: int, num_verified: int) -> None:
+        """Judge the request's newest draft, of which `num_verified` tokens were verified."""
         confidences = history.confidences[:num_verified]
-        # Every step emits one token more than it accepts.
-        num_accepted = min(max(num_tokens - history.num_tokens - 1, 0), len(confidences))
+        num_accepted = min(max(num_accepted, 0), len(confidences))
         history.confidences = []
         judged = confidences[: num_accepted + 1]  # nothing is known of those behind the first that was refused
         if not judged:

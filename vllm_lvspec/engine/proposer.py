@@ -44,7 +44,7 @@ PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 @dataclass(slots=True)
 class _Known:
-    """What stays the same of a request; `max_length`: of prompt and answer; `ends`: where drafts end."""
+    """What stays the same of a request; `max_length`: of prompt and answer; `ends`: tokens that end it."""
 
     num_prompt_tokens: int
     items: list[VisualItem]
@@ -59,6 +59,7 @@ class LVSpecProposer:
     def __init__(self, vllm_config: VllmConfig):
         self.vllm_config = vllm_config
         self.config = lvspec_config(vllm_config)
+        self._reads_past_end = POLICIES[self.config.policy].reads_past_end
         self.drafter: Drafter | None = None
         self._step: tuple[SchedulerOutput, Sequence[str], Mapping[str, CachedRequestState]] | None = None
         self._known: dict[str, _Known] = {}
@@ -231,7 +232,7 @@ class LVSpecProposer:
             token_ids = token_ids_cpu[i, : num_tokens_no_spec[i]]
             indices.append(i)
             num_verified = len(scheduler_output.scheduled_spec_decode_tokens.get(req_id, ()))
-            batch.append(self._request(state, token_ids, num_verified, i))
+            batch.append(self._request(state, token_ids, sampled, num_verified, i))
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         for i, draft in zip(
             indices, self.drafter.propose(batch, scheduler_output.num_spec_tokens_to_schedule), strict=True
@@ -244,7 +245,9 @@ class LVSpecProposer:
             self._correct("draft", num_drafted, time.perf_counter() - started, foretold)
         return drafts
 
-    def _request(self, state: CachedRequestState, token_ids: np.ndarray, num_verified: int, row: int) -> DraftRequest:
+    def _request(
+        self, state: CachedRequestState, token_ids: np.ndarray, sampled: list[int], num_verified: int, row: int
+    ) -> DraftRequest:
         assert state.prompt_token_ids is not None
         num_prompt_tokens = len(state.prompt_token_ids)
         known = self._known.get(state.req_id)
@@ -258,7 +261,8 @@ class LVSpecProposer:
             prompt=known.prompt,
             max_draft_tokens=known.max_length - len(token_ids) - 1,  # the last one is the target's
             num_verified=num_verified,
-            ends=known.ends,
+            ends=frozenset() if self._reads_past_end else known.ends,
+            is_done=not known.ends.isdisjoint(sampled),
             target_slots=functools.partial(self._target_slots, row),
         )
 
@@ -271,7 +275,7 @@ class LVSpecProposer:
             [self._visual_item(feature) for feature in state.mm_features],
             PromptView(state.prompt_token_ids, state.mm_features),
             min(num_prompt_tokens + max_tokens, max_model_len),
-            frozenset() if POLICIES[self.config.policy].reads_past_end else end_ids(state.sampling_params),
+            end_ids(state.sampling_params),
         )
 
     def _target_slots(self, row: int, places: np.ndarray) -> np.ndarray:
