@@ -20,6 +20,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, _get_attn_isa
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from workload import LLAVA, QWEN, Family, Request, generate_requests, token_ids, turn, video
 
 from vllm_lvspec.bench.samples import videofacts
@@ -114,6 +115,21 @@ def test_no_view_changes_an_output_of_the_other_family(drafter, settings, engine
     assert stats["drafted_tokens"] > 500
     assert stats["pages_free"] == stats["pages_total"]
     nothing_left(engine)
+
+
+def test_where_nobody_has_a_draft_vllms_metadata_are_what_it_would_make_itself(engines):
+    runner = runner_of(engines(QWEN, drafter=1))
+    ours, theirs = (
+        calculate(runner, np.zeros(3, dtype=np.int32), np.array([1, 40, 41], dtype=np.int32))
+        for calculate in (LVSpecGPUModelRunner._calc_spec_decode_metadata, GPUModelRunner._calc_spec_decode_metadata)
+    )
+    assert vars(ours).keys() == vars(theirs).keys()
+    for name, value in vars(theirs).items():
+        mine = getattr(ours, name)
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(mine, value) and mine.dtype == value.dtype and mine.device == value.device, name
+        else:
+            assert mine == value, name
 
 
 def nothing_left(engine: Engine) -> None:

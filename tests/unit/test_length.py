@@ -57,6 +57,14 @@ def test_more_rows_never_cost_less(costs, few, more):
     assert costs.of_draft(few) <= costs.of_draft(more) + 1e-12
 
 
+@settings(max_examples=100, deadline=None)
+@given(RANDOM_COSTS, st.integers(1, 4000))
+def test_costs_of_one_batch_are_those_of_several(costs, rows):
+    for cost in (costs, replace(costs, rows=[3], target=[2.0], draft=[0.1])):
+        assert cost.of_target(rows, 7.0) == pytest.approx(float(cost.of_target(np.array([rows]), 7.0)[0]))
+        assert cost.of_draft(rows) == pytest.approx(float(cost.of_draft(np.array([rows]))[0]))
+
+
 # What is learnt -------------------------------------------------------------------------------------------------------
 
 CONFIDENCES = [1 / (1 + np.exp(-x)) for x in (-6, *np.arange(-3.5, 8), 10)]  # one of every bin

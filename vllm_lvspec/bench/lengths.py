@@ -149,20 +149,24 @@ def main(
     task: Annotated[str, typer.Option(help="kind of questions")] = "caption",
     batch_size: Annotated[int, typer.Option(help="questions asked together")] = 1,
 ) -> None:
-    """Print speeds over those of vLLM without speculation: of decoding, and of everything with prompts."""
+    """Print speeds over those of vLLM without speculation: of decoding, and of everything with prompts; and that of
+    decoding with adaptive drafts over each."""
     samples = videofacts(videos, seed, (task,), num_frames=PAIRS[family].num_frames)
     found = measure(family, shape, policy, [int(length) for length in lengths.split(",")], samples, batch_size)
-    table = Table("drafts", "decoding over vLLM's", "throughput over vLLM's", "tokens per step")
-    base = found[WITHOUT]
+    table = Table("drafts", "decoding over vLLM's", "throughput over vLLM's", "adaptive over it", "tokens per step")
+    decoding = {name: np.array([m.decoded / m.decode_seconds for m in groups]) for name, groups in found.items()}
+    throughput = {name: np.array([m.tokens / m.wall_seconds for m in groups]) for name, groups in found.items()}
     for name, groups in found.items():
-        decoding, throughput = (
-            "{:.2f} [{:.2f}, {:.2f}]".format(*ratios(*(np.array([speed(m) for m in x]) for x in (groups, base))))
-            for speed in (lambda m: m.decoded / m.decode_seconds, lambda m: m.tokens / m.wall_seconds)
+        compared = (
+            ratios(decoding[name], decoding[WITHOUT]),
+            ratios(throughput[name], throughput[WITHOUT]),
+            ratios(decoding["adaptive"], decoding[name]),
         )
         per_step = sum(m.decoded for m in groups) / sum(m.steps for m in groups)
-        table.add_row(name, decoding, throughput, f"{per_step:.2f}")
+        texts = ("{:.2f} [{:.2f}, {:.2f}]".format(*figures) for figures in compared)
+        table.add_row(name, *texts, f"{per_step:.2f}")
     console = Console()
-    console.print(f"{policy}, {task}, batch size {batch_size}, {len(base)} groups")
+    console.print(f"{policy}, {task}, batch size {batch_size}, {len(found[WITHOUT])} groups")
     console.print(table)
 
 

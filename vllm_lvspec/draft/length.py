@@ -8,6 +8,7 @@ Where drafts are of fixed length, the same costs say whether to draft at all.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -123,6 +124,11 @@ def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
 
 def _interpolate(xs: Sequence[float], ys: Sequence[float], x: float | np.ndarray) -> Any:
     """Between the points, and on in a line behind the last."""
+    if not isinstance(x, np.ndarray):  # in a fraction of the time, as it is asked in every step
+        if x <= xs[0] or len(xs) == 1:
+            return ys[0] if x <= xs[0] else ys[0] + (x - xs[0]) * ys[0] / xs[0]
+        i = min(bisect.bisect_left(xs, x), len(xs) - 1)
+        return ys[i] + (x - xs[i]) * (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1])
     slope = (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]) if len(xs) > 1 else ys[-1] / xs[-1]
     return np.interp(x, xs, ys) + slope * np.maximum(np.subtract(x, xs[-1]), 0.0)
 

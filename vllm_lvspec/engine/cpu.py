@@ -38,7 +38,7 @@ class LVSpecCPUModelRunner(LVSpecGPUModelRunner, CPUModelRunner):
         return super().sample_tokens(grammar_output)
 
     def _states_of_discarded_generators(self) -> dict[int, torch.Tensor]:
-        if self.execute_model_state is None:
+        if self.execute_model_state is None or not self.input_batch.generators:
             return {}
         discarded = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0].tolist()
         generators = self.input_batch.generators

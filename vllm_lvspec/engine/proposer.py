@@ -59,6 +59,7 @@ class LVSpecProposer:
     def __init__(self, vllm_config: VllmConfig):
         self.vllm_config = vllm_config
         self.config = lvspec_config(vllm_config)
+        self._copies = False  # whether the drafter takes keys and values from the target's cache
         self._reads_past_end = POLICIES[self.config.policy].reads_past_end
         self.drafter: Drafter | None = None
         self._step: tuple[SchedulerOutput, Sequence[str], Mapping[str, CachedRequestState]] | None = None
@@ -84,6 +85,7 @@ class LVSpecProposer:
             )
         else:
             model = VLLMDraftModel(self.vllm_config, self.config, device)
+        self._copies = model.copies
         logger.info_once(
             "lvspec: drafter loaded: %.3f GiB of weights, KV cache of %.3f GiB = %d tokens, visual embeddings up to "
             "%.2f GiB (per rank).",
@@ -263,7 +265,7 @@ class LVSpecProposer:
             num_verified=num_verified,
             ends=frozenset() if self._reads_past_end else known.ends,
             is_done=not known.ends.isdisjoint(sampled),
-            target_slots=functools.partial(self._target_slots, row),
+            target_slots=functools.partial(self._target_slots, row) if self._copies else None,
         )
 
     def _know(self, state: CachedRequestState, num_prompt_tokens: int) -> _Known:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -72,6 +73,26 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             self.verification.preempt(req_id)
             self.scores.release(req_id)
         return super()._update_states(scheduler_output)
+
+    def _calc_spec_decode_metadata(
+        self, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray
+    ) -> SpecDecodeMetadata:
+        # vLLM makes it in every step of an engine that speculates; of a batch where nobody has a draft it is known.
+        if num_draft_tokens.any():
+            return super()._calc_spec_decode_metadata(num_draft_tokens, cu_num_scheduled_tokens)
+        num_requests = len(num_draft_tokens)
+        logits_indices = torch.from_numpy(cu_num_scheduled_tokens - 1).to(self.device, non_blocking=True)
+        each = torch.arange(num_requests + 1, dtype=torch.int32, device=self.device)
+        nothing = torch.empty(0, dtype=torch.int32, device=self.device)
+        return SpecDecodeMetadata(
+            draft_token_ids=nothing,
+            num_draft_tokens=[0] * num_requests,
+            cu_num_draft_tokens=torch.zeros_like(each[:-1]),
+            cu_num_sampled_tokens=each[1:],
+            target_logits_indices=nothing,
+            bonus_logits_indices=each[:-1],
+            logits_indices=logits_indices,
+        )
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
         # In a batch where nobody has a draft, vLLM still sends all requests through its rejection sampler, which then

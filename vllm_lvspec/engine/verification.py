@@ -119,7 +119,7 @@ class Verification:
         kinds = token_kinds(tokenizer, model.get_vocab_size(), self._end_ids(tokenizer), words)
         self.verifier = Verifier(self.config, kinds.to(runner.device))
 
-    @property
+    @functools.cached_property
     def uses_features(self) -> bool:
         """Whether any request may be verified by relevance, or any video be pruned by similarity."""
         by_similarity = STRATEGIES[self.config.pruning].looks_at == "similarity"
