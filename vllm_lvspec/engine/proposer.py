@@ -226,15 +226,15 @@ class LVSpecProposer:
         self._step = None
         started = time.perf_counter()
         foretold, num_prompts = self.drafter.foretold_seconds, self.drafter.counts["prefills"]
+        verified = scheduler_output.scheduled_spec_decode_tokens
+        lengths = num_tokens_no_spec[: len(sampled_token_ids)].tolist()
         indices, batch = [], []
         for i, (req_id, sampled) in enumerate(zip(req_ids, sampled_token_ids, strict=False)):
             if not sampled:
                 continue
-            state = states[req_id]
-            token_ids = token_ids_cpu[i, : num_tokens_no_spec[i]]
             indices.append(i)
-            num_verified = len(scheduler_output.scheduled_spec_decode_tokens.get(req_id, ()))
-            batch.append(self._request(state, token_ids, sampled, num_verified, i))
+            token_ids = token_ids_cpu[i, : lengths[i]]
+            batch.append(self._request(states[req_id], token_ids, sampled, len(verified.get(req_id, ())), i))
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         for i, draft in zip(
             indices, self.drafter.propose(batch, scheduler_output.num_spec_tokens_to_schedule), strict=True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         super().__init__(*args, **kwargs)
         self.step_times = StepTimes()
         self._step_started: float | None = None
+        self._undrafted: SpecDecodeMetadata | None = None  # of the last batch where nobody had a draft
         # Of a step with nothing to prefill: its start, moved on by its drafting's time, its requests, their rows and
         # tokens of context.
         self._last_step: tuple[float, int, int, int] | None = None
@@ -80,19 +81,19 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         # vLLM makes it in every step of an engine that speculates; of a batch where nobody has a draft it is known.
         if num_draft_tokens.any():
             return super()._calc_spec_decode_metadata(num_draft_tokens, cu_num_scheduled_tokens)
-        num_requests = len(num_draft_tokens)
         logits_indices = torch.from_numpy(cu_num_scheduled_tokens - 1).to(self.device, non_blocking=True)
-        each = torch.arange(num_requests + 1, dtype=torch.int32, device=self.device)
-        nothing = torch.empty(0, dtype=torch.int32, device=self.device)
-        return SpecDecodeMetadata(
-            draft_token_ids=nothing,
-            num_draft_tokens=[0] * num_requests,
-            cu_num_draft_tokens=torch.zeros_like(each[:-1]),
-            cu_num_sampled_tokens=each[1:],
-            target_logits_indices=nothing,
-            bonus_logits_indices=each[:-1],
-            logits_indices=logits_indices,
-        )
+        if self._undrafted is None or len(self._undrafted.num_draft_tokens) != len(num_draft_tokens):
+            each = torch.arange(len(num_draft_tokens) + 1, dtype=torch.int32, device=self.device)
+            self._undrafted = SpecDecodeMetadata(
+                draft_token_ids=each[:0],
+                num_draft_tokens=[0] * len(num_draft_tokens),
+                cu_num_draft_tokens=torch.zeros_like(each[:-1]),
+                cu_num_sampled_tokens=each[1:],
+                target_logits_indices=each[:0],
+                bonus_logits_indices=each[:-1],
+                logits_indices=logits_indices,
+            )
+        return replace(self._undrafted, logits_indices=logits_indices)
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
         # In a batch where nobody has a draft, vLLM still sends all requests through its rejection sampler, which then
