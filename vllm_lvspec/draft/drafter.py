@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vllm_lvspec.draft.embeddings import EmbeddingCache, KeptEmbeddings
 from vllm_lvspec.draft.length import (
+    PROMPT_MARGIN,
     Acceptance,
     Answers,
     Corrections,
@@ -277,7 +278,7 @@ class Drafter:
         if saved > 0:
             for (length, i), request in zip(wanted, candidates, strict=True):
                 left = self.answers.tokens_left(request.max_draft_tokens + 1)
-                if saved * left > (0.0 if request.req_id in self.sequences else costs.prompt):
+                if saved * left > (0.0 if request.req_id in self.sequences else PROMPT_MARGIN * costs.prompt):
                     paying.append((length, i))
         self.counts["skipped_cost"] += len(wanted) - len(paying)
         num_steps = 1 if self.refusal is None else self.refusal.num_steps

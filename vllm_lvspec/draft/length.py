@@ -41,6 +41,9 @@ _FEW_STEPS = 16
 _MOST_CORRECTED = 16.0
 # So many steps a decision not to draft stands.
 _STEPS_OF_REST = 16
+# A prompt is read where so many times its price is to be saved: near the point where drafting pays, it starts and stops
+# with every correction.
+PROMPT_MARGIN = 2.0
 # Of so many finished answers the length is remembered.
 _MOST_ANSWERS = 64.0
 
