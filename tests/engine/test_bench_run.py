@@ -104,8 +104,8 @@ def test_the_command_names_wrong_options():
 def test_lengths_of_drafts_are_compared_with_vllm_without_speculation_in_one_process(monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that it is set back
     envs.disable_envs_cache()  # the last engine's, in which vLLM reads its environment once
-    samples = videofacts(2, 72, ("choice", "question"))
-    found = lengths.measure("qwen2_5_vl", None, "strict", [4, 8], samples, 2)
+    samples = videofacts(4, 72, ("choice", "question"))
+    found = lengths.measure("qwen2_5_vl", None, "strict", [4, 8], samples, 2, warm_up=2)
     assert list(found)[:2] == [lengths.WITHOUT, "none"]
     tokens = {name: [group.tokens for group in groups] for name, groups in found.items()}
     assert all(len(groups) == 2 and groups == tokens[lengths.WITHOUT] for groups in tokens.values())

@@ -93,9 +93,18 @@ def _answer(core: Any, names: Sequence[str], inputs: Sequence[dict[str, Any]]) -
 
 
 def measure(
-    family: str, shape: str | None, policy: str, lengths: Sequence[int], samples: Sequence[Sample], batch_size: int
+    family: str,
+    shape: str | None,
+    policy: str,
+    lengths: Sequence[int],
+    samples: Sequence[Sample],
+    batch_size: int,
+    warm_up: int = 1,
 ) -> dict[str, list[Measured]]:
-    """By way, of every group of `batch_size` samples that are asked together."""
+    """By way, of every group of `batch_size` samples that are asked together, but for the first `warm_up` groups.
+
+    The very first is asked in every way, the others only with adaptive drafts, which learn from what becomes of them.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the drafter must be within reach
     pair = PAIRS[family]
     arguments: dict[str, Any] = {
@@ -126,15 +135,17 @@ def measure(
 
         drafter.propose = propose_as_far
         write = prompt_writer(llm)
-        for number, group in enumerate([groups[0], *groups]):  # the first one twice, to warm up
+        for number, group in enumerate(groups):
             inputs = [write(sample) for sample in group]
-            for name in names[number % len(names) :] + names[: number % len(names)]:
+            is_measured = number >= warm_up
+            asked = names if is_measured or number == 0 else ["adaptive"]
+            for name in asked[number % len(asked) :] + asked[: number % len(asked)]:
                 engine = without if name == WITHOUT else llm
                 if name in compared:
                     length, drafter.is_adaptive, drafter.only_if_faster = compared[name]
                     drafter.refusal = None  # it was another way's
                 measured = _answer(engine.llm_engine, [f"{number}-{name}-{sample.name}" for sample in group], inputs)
-                if number:
+                if is_measured:
                     found[name].append(measured)
     return {name: found[name] for name in names}
 
@@ -148,11 +159,12 @@ def main(
     seed: Annotated[int, typer.Option(help="of the suite's scenes")] = 6,
     task: Annotated[str, typer.Option(help="kind of questions")] = "caption",
     batch_size: Annotated[int, typer.Option(help="questions asked together")] = 1,
+    warm_up: Annotated[int, typer.Option(min=1, help="groups of further videos that are asked first")] = 1,
 ) -> None:
     """Print speeds over those of vLLM without speculation: of decoding, and of everything with prompts; and that of
     decoding with adaptive drafts over each."""
-    samples = videofacts(videos, seed, (task,), num_frames=PAIRS[family].num_frames)
-    found = measure(family, shape, policy, [int(length) for length in lengths.split(",")], samples, batch_size)
+    samples = videofacts(videos + warm_up * batch_size, seed, (task,), num_frames=PAIRS[family].num_frames)
+    found = measure(family, shape, policy, [int(k) for k in lengths.split(",")], samples, batch_size, warm_up)
     table = Table("drafts", "decoding over vLLM's", "throughput over vLLM's", "adaptive over it", "tokens per step")
     decoding = {name: np.array([m.decoded / m.decode_seconds for m in groups]) for name, groups in found.items()}
     throughput = {name: np.array([m.tokens / m.wall_seconds for m in groups]) for name, groups in found.items()}
