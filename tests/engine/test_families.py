@@ -1,6 +1,7 @@
 """Other families with vLLM's own quirks: Qwen2-VL without a clock, Qwen3-VL with deepstack levels and timestamps."""
 
 import pytest
+from harness import VIEW
 from vllm import SamplingParams
 from workload import QWEN, Family, generate_requests, token_ids
 
@@ -22,4 +23,7 @@ def test_the_target_as_its_own_drafter_is_always_right_and_pruned_changes_no_out
     assert token_ids(pruned.run(requests)) == whole
     stats = pruned.stats()
     accepted = pruned.metric("spec_decode_num_accepted_tokens")
-    assert 0 < accepted < stats["drafted_tokens"], "text is drafted rightly, videos seen through a few tokens are not"
+    if VIEW.get("pruning") == "none":
+        assert accepted == stats["drafted_tokens"]
+    else:
+        assert 0 < accepted < stats["drafted_tokens"], "text is drafted rightly, videos seen through little are not"
