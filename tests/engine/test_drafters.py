@@ -200,6 +200,10 @@ def corrections_of(worker: Any) -> dict[tuple[str, int], float]:
     return worker.model_runner.drafter.drafter.corrections._factors
 
 
+def draft_whether_it_pays_or_not(worker: Any, yes: bool) -> None:
+    worker.model_runner.drafter.drafter.only_if_faster = not yes
+
+
 def test_two_ranks_draft_as_far_by_the_clock_of_one(engines, oracle, monkeypatch):
     count = 45
     want = oracle(QWEN, COUNT, 2)[:count]
@@ -209,16 +213,26 @@ def test_two_ranks_draft_as_far_by_the_clock_of_one(engines, oracle, monkeypatch
     before = engine.llm.collective_rpc(costs_of)
     assert before[0] == before[1]
     assert 0 < before[0].target[0] <= before[0].target[-1]
-    got = engine.run(generate_requests(QWEN, COUNT, seed=2)[:count], (8, 1, 5))
-    assert token_ids(got) == token_ids(want)
+    # Whether it pays hangs on the machine, so that a first part is drafted for whether or not.
+    engine.llm.collective_rpc(draft_whether_it_pays_or_not, args=(True,))
+    requests = generate_requests(QWEN, COUNT, seed=2)[:count]
+    got = engine.run(requests[:20], (8, 1, 5))
     stats = engine.stats()  # asserts that the ranks agree
-    assert stats["drafted_tokens"] + stats["skipped_cost"] > 0
+    assert stats["drafted_tokens"] > 0 == stats["skipped_cost"]
     first, second = engine.llm.collective_rpc(costs_of)
     assert first == second
     assert replace(first, prompt=0.0) == before[0], "of what is measured at the start nothing changes"
     assert first.prompt > 0
     first, second = engine.llm.collective_rpc(corrections_of)
-    assert first == second and first
+    assert first == second and {part for part, _ in first} == {"target", "draft"}
+    engine.llm.collective_rpc(draft_whether_it_pays_or_not, args=(False,))
+    drafted = stats["drafted_tokens"]
+    got += engine.run(requests[20:], (8, 1, 5))
+    stats = engine.stats()
+    assert stats["drafted_tokens"] + stats["skipped_cost"] > drafted
+    assert token_ids(got) == token_ids(want)
+    first, second = engine.llm.collective_rpc(corrections_of)
+    assert first == second
 
 
 # The target as its own drafter ----------------------------------------------------------------------------------------
