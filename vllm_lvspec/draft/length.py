@@ -19,11 +19,16 @@ import numpy as np
 
 # A confidence says as much about acceptance as its odds; bins are even in these.
 _LOG_ODDS = np.linspace(-4.0, 8.0, 13)
+_CONFIDENCES = 1 / (1 + np.exp(-_LOG_ODDS))
 # Accepted and judged tokens that each bin starts with, so that the first drafts are neither none nor all.
 _PRIOR_WEIGHT = 4.0
+# And so many that the mean over all of them starts with, and the share of these that was accepted. It is not taken from
+# the bins: what these start with, most of which hardly ever occur, would outweigh hundreds of tokens.
+_FIRST_TOKENS = 8.0
+_FIRST_RATE = 0.8
 # Beyond so many judged tokens a bin forgets the oldest: what is asked for changes with the day.
 _MEMORY = 512.0
-# What is left of what was learned after each step in which nothing is drafted because it would not pay.
+# What is left of what was learned of bins and requests after a step in which nothing is drafted because it won't pay.
 _FADING = 0.98
 # How many judged tokens of its own outweigh what is known of other requests.
 _REQUEST_WEIGHT = 16.0
@@ -31,11 +36,12 @@ _REQUEST_WEIGHT = 16.0
 # the longer way through the sampler) must be paid, too.
 LEAST_GAIN = 1.05
 # Of chains of fixed length: so many that were accepted whole are taken to have been before the first, so that it is
-# tried; of so many the past consists; and what is left of it after a step without drafts. That is little: to try again
-# costs more than a step, because the drafter has prompts to read.
+# tried; and of so many the past consists.
 _FIRST_CHAINS = 8.0
 _MOST_CHAINS = 256.0
-_CHAINS_FADING = 0.9997
+# What is left after a step without drafts of what decides whether to draft at all. That is more: to try again costs
+# more than a step, because the drafter has prompts to read.
+_SLOW_FADING = 0.9997
 # After so many steps costs are corrected by what these took, by so much at most.
 _FEW_STEPS = 16
 _MOST_CORRECTED = 16.0
@@ -65,7 +71,7 @@ class StepCosts:
 
     def faded(self, num_steps: int) -> StepCosts:
         """The price of prompts a little lower: it is not taken again while none is read."""
-        return replace(self, prompt=_CHAINS_FADING**num_steps * self.prompt)
+        return replace(self, prompt=_SLOW_FADING**num_steps * self.prompt)
 
     def scaled(self, target: float, draft: float) -> StepCosts:
         """Of a machine that takes so many times as long for the target's part of a step, and for the drafter's."""
@@ -174,7 +180,7 @@ class Corrections:
         """Go a little way back to the beginning: nothing is learned of drafting without it."""
         for key in self._factors:
             if key[0] == "draft":
-                self._factors[key] **= _CHAINS_FADING**num_steps
+                self._factors[key] **= _SLOW_FADING**num_steps
 
 
 class RunningMean:
@@ -192,8 +198,8 @@ class RunningMean:
     def mean(self) -> float:
         return self.total / self.count if self.count else self.start
 
-    def note(self, value: float) -> None:
-        self.total, self.count = self.total + value, self.count + 1
+    def note(self, value: float, times: int = 1) -> None:
+        self.total, self.count = self.total + value * times, self.count + times
         if self.count > self.memory:
             self.total, self.count = self.mean * self.memory, self.memory
 
@@ -236,7 +242,7 @@ class FixedChains:
 
     def fade(self, num_steps: int) -> None:
         """Go a little way back to the beginning: times may have changed."""
-        self._share.fade(_CHAINS_FADING**num_steps)
+        self._share.fade(_SLOW_FADING**num_steps)
 
 
 class Answers:
@@ -285,6 +291,7 @@ class Acceptance:
         middles = np.concatenate([[-5.0], (_LOG_ODDS[1:] + _LOG_ODDS[:-1]) / 2, [9.0]])
         self.accepted = self.judged / (1 + np.exp(-middles))
         self._prior = self.accepted.copy()
+        self._rate = RunningMean(_MEMORY, _FIRST_RATE, _FIRST_TOKENS)
 
     def chances(self, confidences: Sequence[float] | np.ndarray) -> np.ndarray:
         """The share that was accepted, `[num_tokens]`, of tokens with these probabilities by the drafter."""
@@ -293,13 +300,14 @@ class Acceptance:
 
     def mean(self) -> float:
         """Of all tokens, by how often each confidence occurs."""
-        return float(self.accepted.sum() / self.judged.sum())
+        return self._rate.mean
 
     def fade(self, num_steps: int) -> None:
         """Go a little way back to the beginning: times may have changed."""
         gone = 1 - _FADING**num_steps
         self.judged += gone * (_PRIOR_WEIGHT - self.judged)
         self.accepted += gone * (self._prior - self.accepted)
+        self._rate.fade(_SLOW_FADING**num_steps)
 
     def learn(self, history: RequestHistory, num_accepted: int, num_verified: int) -> None:
         """Judge the request's newest draft, of which `num_verified` tokens were verified."""
@@ -313,6 +321,7 @@ class Acceptance:
         history.expected += float(self.chances(judged).sum())
         history.accepted += num_accepted
         outcomes = np.arange(len(judged)) < num_accepted
+        self._rate.note(num_accepted / len(judged), len(judged))
         np.add.at(self.judged, bins, 1.0)
         np.add.at(self.accepted, bins, outcomes.astype(float))
         full = self.judged > _MEMORY
@@ -321,8 +330,7 @@ class Acceptance:
 
 
 def _bins(confidences: Sequence[float] | np.ndarray) -> np.ndarray:
-    probs = np.clip(np.asarray(confidences, dtype=np.float64), 1e-9, 1 - 1e-9)
-    return np.searchsorted(_LOG_ODDS, np.log(probs) - np.log1p(-probs))
+    return _CONFIDENCES.searchsorted(confidences)
 
 
 class DraftPlan:
@@ -347,8 +355,11 @@ class DraftPlan:
         self.max_length = max_length
         self.survival = np.ones(len(rates))  # the chance that all that was drafted so far will be accepted
         self.tokens = float(len(rates))  # expected from this step; each request gets one of the target's own
-        self.rows = float(len(rates))
+        self.rows = len(rates)
         self.cost = costs.of_target(self.rows, float(target_context.sum()))
+        # What a forward costs over so many rows, by their number, without contexts: it is asked for every token.
+        self._draft = costs.of_draft(np.arange(len(rates) + 1))
+        self._target = costs.of_target(np.arange(len(rates) * (1 + max_length) + 1))
 
     def seconds_saved(self) -> float:
         """`seconds_saved` by the best length for all."""
@@ -361,8 +372,8 @@ class DraftPlan:
         """Count one drafted token, accepted with `chances`, for each of `requests` (indices)."""
         self.survival[requests] *= chances
         self.tokens += float(self.survival[requests].sum())
-        self.cost += self.costs.of_draft(len(requests), self.draft_context[requests].sum())
-        self.cost += self.costs.of_target(self.rows + len(requests)) - self.costs.of_target(self.rows)
+        self.cost += self._draft[len(requests)] + self.costs.draft_per_context * self.draft_context[requests].sum()
+        self.cost += self._target[self.rows + len(requests)] - self._target[self.rows]
         self.cost += self.costs.target_per_row_context * self.target_context[requests].sum()
         self.rows += len(requests)
 
@@ -370,12 +381,12 @@ class DraftPlan:
         """Those of `requests` (indices, in their order) for whom another token raises the step's tokens a second."""
         gains = self.survival[requests] * self.rates[requests]
         order = np.argsort(-gains, kind="stable")
-        counts = np.arange(1, len(requests) + 1)
+        ordered, num = requests[order], len(requests)
         tokens = self.tokens + gains[order].cumsum()
-        drafting = self.costs.of_draft(counts, self.draft_context[requests[order]].cumsum())
-        verifying = self.costs.of_target(self.rows + counts) - self.costs.of_target(self.rows)
-        verifying += self.costs.target_per_row_context * self.target_context[requests[order]].cumsum()
+        drafting = self._draft[1 : num + 1] + self.costs.draft_per_context * self.draft_context[ordered].cumsum()
+        verifying = self._target[self.rows + 1 : self.rows + num + 1] - self._target[self.rows]
+        verifying += self.costs.target_per_row_context * self.target_context[ordered].cumsum()
         rates = tokens / (self.cost + drafting + verifying)
         best = int(rates.argmax())
         chosen = best + 1 if rates[best] > self.tokens / self.cost else 0
-        return requests[np.sort(order[:chosen])]
+        return requests if chosen == num else requests[np.sort(order[:chosen])]
