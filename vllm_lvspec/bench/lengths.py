@@ -7,6 +7,7 @@ with which all are compared.
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections import defaultdict
@@ -58,6 +59,13 @@ def ways(lengths: Sequence[int]) -> dict[str, Way]:
     }
 
 
+def fastest(answered: Sequence[Measured]) -> Measured:
+    """Of several times: what else the machine did only added to them. With prompts it may be another one."""
+    whole = min(answered, key=lambda measured: measured.wall_seconds)
+    decoding = min(answered, key=lambda measured: measured.decode_seconds)
+    return decoding._replace(wall_seconds=whole.wall_seconds, tokens=whole.tokens)
+
+
 def ratios(speeds: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
     """Geometric mean of `speeds` over `others` `[num_groups]`, and its 95 % bootstrap interval."""
     logs = np.log(speeds / others)
@@ -92,6 +100,11 @@ def _answer(core: Any, names: Sequence[str], inputs: Sequence[dict[str, Any]]) -
     )
 
 
+def _turned(names: Sequence[str], number: int) -> list[str]:
+    first = number % len(names)
+    return [*names[first:], *names[:first]]
+
+
 def measure(
     family: str,
     shape: str | None,
@@ -100,10 +113,13 @@ def measure(
     samples: Sequence[Sample],
     batch_size: int,
     warm_up: int = 1,
+    repeats: int = 1,
+    chosen: Sequence[str] = (),
 ) -> dict[str, list[Measured]]:
     """By way, of every group of `batch_size` samples that are asked together, but for the first `warm_up` groups.
 
     The very first is asked in every way, the others only with adaptive drafts, which learn from what becomes of them.
+    Each is asked `repeats` times in each way, in turn. Besides vLLM's own, only `chosen` ways are compared, or all.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the drafter must be within reach
     pair = PAIRS[family]
@@ -121,7 +137,7 @@ def measure(
     groups = [samples[i : i + batch_size] for i in range(0, len(samples) - batch_size + 1, batch_size)]
     model = arguments.pop("model", str(pair.target))
     compared = ways(lengths)
-    names = [WITHOUT, *compared]
+    names = [WITHOUT, *(name for name in compared if not chosen or name in chosen)]
     found: dict[str, list[Measured]] = defaultdict(list)
     with (
         running_engine(model, None, batch_size, arguments) as without,
@@ -139,14 +155,17 @@ def measure(
             inputs = [write(sample) for sample in group]
             is_measured = number >= warm_up
             asked = names if is_measured or number == 0 else ["adaptive"]
-            for name in asked[number % len(asked) :] + asked[: number % len(asked)]:
+            answered: dict[str, list[Measured]] = defaultdict(list)
+            for turn, name in itertools.product(range(repeats), _turned(asked, number)):
                 engine = without if name == WITHOUT else llm
                 if name in compared:
                     length, drafter.is_adaptive, drafter.only_if_faster = compared[name]
                     drafter.refusal = None  # it was another way's
-                measured = _answer(engine.llm_engine, [f"{number}-{name}-{sample.name}" for sample in group], inputs)
-                if is_measured:
-                    found[name].append(measured)
+                requests = [f"{number}-{name}-{turn}-{sample.name}" for sample in group]
+                answered[name].append(_answer(engine.llm_engine, requests, inputs))
+            if is_measured:
+                for name, measured in answered.items():
+                    found[name].append(fastest(measured))
     return {name: found[name] for name in names}
 
 
@@ -160,20 +179,25 @@ def main(
     task: Annotated[str, typer.Option(help="kind of questions")] = "caption",
     batch_size: Annotated[int, typer.Option(help="questions asked together")] = 1,
     warm_up: Annotated[int, typer.Option(min=1, help="groups of further videos that are asked first")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="times that each group is asked; the fastest counts")] = 1,
+    only: Annotated[str, typer.Option(help="ways to compare, as in the table, with slashes between them")] = "",
 ) -> None:
     """Print speeds over those of vLLM without speculation: of decoding, and of everything with prompts; and that of
     decoding with adaptive drafts over each."""
     samples = videofacts(videos + warm_up * batch_size, seed, (task,), num_frames=PAIRS[family].num_frames)
-    found = measure(family, shape, policy, [int(k) for k in lengths.split(",")], samples, batch_size, warm_up)
+    tried = [int(k) for k in lengths.split(",")]
+    chosen = [name.strip() for name in only.split("/") if name.strip()]
+    for name in chosen:
+        if name not in ways(tried):
+            raise typer.BadParameter(f"only={name!r}: must be one of {', '.join(ways(tried))}")
+    found = measure(family, shape, policy, tried, samples, batch_size, warm_up, repeats, chosen)
     table = Table("drafts", "decoding over vLLM's", "throughput over vLLM's", "adaptive over it", "tokens per step")
     decoding = {name: np.array([m.decoded / m.decode_seconds for m in groups]) for name, groups in found.items()}
     throughput = {name: np.array([m.tokens / m.wall_seconds for m in groups]) for name, groups in found.items()}
     for name, groups in found.items():
-        compared = (
-            ratios(decoding[name], decoding[WITHOUT]),
-            ratios(throughput[name], throughput[WITHOUT]),
-            ratios(decoding["adaptive"], decoding[name]),
-        )
+        compared = [ratios(decoding[name], decoding[WITHOUT]), ratios(throughput[name], throughput[WITHOUT])]
+        if "adaptive" in found:
+            compared.append(ratios(decoding["adaptive"], decoding[name]))
         per_step = sum(m.decoded for m in groups) / sum(m.steps for m in groups)
         texts = ("{:.2f} [{:.2f}, {:.2f}]".format(*figures) for figures in compared)
         table.add_row(name, *texts, f"{per_step:.2f}")

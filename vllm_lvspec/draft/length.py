@@ -9,6 +9,7 @@ Where drafts are of fixed length, the same costs say whether to draft at all.
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -152,6 +153,7 @@ class Corrections:
     def __init__(self) -> None:
         self._factors: dict[tuple[str, int], float] = {}
         self._ratios: dict[tuple[str, int], list[float]] = defaultdict(list)
+        self._applied: dict[int, tuple[StepCosts, StepCosts]] = {}  # what `applied` was last asked, by size
 
     def factor(self, part: str, num_requests: int) -> float:
         """How many times as long as by the table that part takes in steps of so many requests."""
@@ -159,7 +161,12 @@ class Corrections:
 
     def applied(self, costs: StepCosts, num_requests: int) -> StepCosts:
         """`costs` of steps of so many requests."""
-        return costs.scaled(self.factor("target", num_requests), self.factor("draft", num_requests))
+        size = num_requests.bit_length()
+        before, corrected = self._applied.get(size, (None, costs))
+        if before is not costs:
+            corrected = costs.scaled(self.factor("target", num_requests), self.factor("draft", num_requests))
+            self._applied[size] = costs, corrected
+        return corrected
 
     def note(self, part: str, num_requests: int, seconds: float, foretold: float) -> float | None:
         """A step's target's or drafter's part took `seconds`: what `correct` is to be told, once in a while."""
@@ -173,11 +180,13 @@ class Corrections:
 
     def correct(self, part: str, num_requests: int, factor: float) -> None:
         """Steps of so many requests take `factor` times as long as foretold, which was corrected before."""
+        self._applied.clear()
         corrected = factor * self.factor(part, num_requests)
         self._factors[part, num_requests.bit_length()] = min(max(corrected, 1 / _MOST_CORRECTED), _MOST_CORRECTED)
 
     def fade(self, num_steps: int) -> None:
         """Go a little way back to the beginning: nothing is learned of drafting without it."""
+        self._applied.clear()
         for key in self._factors:
             if key[0] == "draft":
                 self._factors[key] **= _SLOW_FADING**num_steps
@@ -357,9 +366,15 @@ class DraftPlan:
         self.tokens = float(len(rates))  # expected from this step; each request gets one of the target's own
         self.rows = len(rates)
         self.cost = costs.of_target(self.rows, float(target_context.sum()))
-        # What a forward costs over so many rows, by their number, without contexts: it is asked for every token.
-        self._draft = costs.of_draft(np.arange(len(rates) + 1))
-        self._target = costs.of_target(np.arange(len(rates) * (1 + max_length) + 1))
+
+    # What a forward costs by its number of rows, without contexts: it is asked for every token, if any is drafted.
+    @functools.cached_property
+    def _draft(self) -> np.ndarray:
+        return self.costs.of_draft(np.arange(len(self.rates) + 1))
+
+    @functools.cached_property
+    def _target(self) -> np.ndarray:
+        return self.costs.of_target(np.arange(len(self.rates) * (1 + self.max_length) + 1))
 
     def seconds_saved(self) -> float:
         """`seconds_saved` by the best length for all."""
