@@ -582,6 +582,18 @@ def test_ratios_are_taken_group_by_group():
     assert 1 <= low < 2 < high <= 4
 
 
+def test_of_several_times_the_fastest_counts_with_prompts_and_without():
+    slow = lengths.Measured(wall_seconds=3.0, tokens=30, decode_seconds=1.0, decoded=10, steps=4)
+    fast = lengths.Measured(wall_seconds=2.0, tokens=31, decode_seconds=1.5, decoded=11, steps=5)
+    expected = lengths.Measured(wall_seconds=2.0, tokens=31, decode_seconds=1.0, decoded=10, steps=4)
+    assert lengths.fastest([slow, fast]) == lengths.fastest([fast, slow]) == expected
+
+
+def test_every_way_has_its_turn_to_be_the_first():
+    turned = [lengths._turned(["a", "b", "c"], number) for number in range(4)]
+    assert turned == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+
+
 def test_a_group_is_measured_from_its_first_request_to_its_last_token(monkeypatch):
     engine = StepEngine()
     engine.has_unfinished_requests = lambda: bool(engine.steps_left)

@@ -280,6 +280,7 @@ def test_costs_are_corrected_by_what_steps_of_about_as_many_requests_take():
     assert corrected.draft_per_context == pytest.approx(0.14)
     assert corrected.target_per_row_context == pytest.approx(0.09)
     assert corrected.prompt == 5.0
+    assert corrections.applied(replace(costs, prompt=6.0), 7) == replace(corrected, prompt=6.0)
     for others in (1, 3, 8, 64):
         assert corrections.applied(costs, others) == costs
     # What is foretold is what was corrected; one step that waited for something else changes nothing.
