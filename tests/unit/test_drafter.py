@@ -276,7 +276,7 @@ def run_history(data, copies: bool, adaptive: bool) -> None:
         k = data.draw(st.integers(1, 6))
         names = data.draw(st.lists(st.sampled_from(sorted(requests)), unique=True, min_size=1))
         requests.update({n: target.run(requests[n]) for n in names})
-        before, num_computed = drafter.counts.copy(), model.num_computed
+        before, num_computed, known = drafter.counts.copy(), model.num_computed, set(drafter.sequences)
         if copies:
             model.copied.clear()
         drafts = dict(zip(names, drafter.propose([requests[n] for n in names], k), strict=True))
@@ -299,7 +299,8 @@ def run_history(data, copies: bool, adaptive: bool) -> None:
             assert model.encoded == 0
         num_skipped = sum(not draft for draft in drafts.values())
         assert counted["skipped_pool_full"] + counted["skipped_cost"] == num_skipped
-        assert counted["skipped_cost"] in (0, len(names))
+        if 0 < counted["skipped_cost"] < len(names):  # those whose prompt has been read may go on without the others
+            assert {name for name, draft in drafts.items() if draft} <= known
         assert counted["drafted_requests"] == len(names) - num_skipped
         assert counted["drafted_tokens"] == sum(map(len, drafts.values()))
         if options["num_pages"] == 1000:
@@ -771,9 +772,9 @@ def test_the_drafter_learns_from_what_became_of_its_drafts():
             accepted += num_accepted
 
 
-def planned_lengths(drafter, requests, most: list[int]) -> list[int]:
+def planned_lengths(drafter, requests, most: list[int], others: list[DraftRequest]) -> list[int]:
     """How far the drafter should have gone in its last step, by a plan that is told the same, for `requests` by falling
-    `most`."""
+    `most`, in a batch with `others`."""
     factors = np.array([drafter._histories[r.req_id].factor for r in requests])
     probs = [
         [SlotModel.random_prob(e) for e in entries_of_drafts(r, length)]
@@ -781,7 +782,9 @@ def planned_lengths(drafter, requests, most: list[int]) -> list[int]:
     ]
     seen = [len(kept_tokens(r)) + len(r.token_ids) - r.num_prompt_tokens for r in requests]
     rates = np.clip(drafter.acceptance.mean() * factors, 0, 0.99)
-    plan = DraftPlan(drafter.costs, rates, np.array([len(r.token_ids) for r in requests]), np.array(seen), max(most))
+    context = np.array([len(r.token_ids) for r in requests])
+    others_context = sum(len(r.token_ids) for r in others)
+    plan = DraftPlan(drafter.costs, rates, context, np.array(seen), max(most), len(others), others_context)
     lengths = np.zeros(len(requests), dtype=int)
     active = np.arange(len(requests))
     while len(active):
@@ -816,7 +819,9 @@ def test_every_request_is_drafted_for_as_far_as_the_plan_goes(data):
         ready.sort(key=lambda i: -min(5, requests[i].max_draft_tokens))
         if ready:
             most = [min(5, requests[i].max_draft_tokens) for i in ready]
-            assert [len(drafts[i]) for i in ready] == planned_lengths(drafter, [requests[i] for i in ready], most)
+            others = [request for i, request in enumerate(requests) if i not in ready]
+            planned = planned_lengths(drafter, [requests[i] for i in ready], most, others)
+            assert [len(drafts[i]) for i in ready] == planned
         for i, draft in enumerate(drafts):
             accepted = data.draw(st.integers(0, len(draft)))
             requests[i] = extended(requests[i], [*draft[:accepted], 3], len(draft))
@@ -986,17 +991,49 @@ def test_a_refusal_does_not_stand_for_newcomers():
     assert [len(draft) for draft in drafter.propose([long], 10)] == [10]
 
 
+# Up to 100 rows cost nothing; six requests have less, ten have more.
+ROOM_FOR_SIX = StepCosts([1, 100, 101, 1100], [1.0, 1.0, 2.0, 1001.0], [0.01, 0.01, 0.01, 0.01])
+
+
 def test_few_are_drafted_for_and_many_are_not():
-    # Up to 100 rows cost nothing; six requests have less, ten have more.
-    costs = StepCosts([1, 100, 101, 1100], [1.0, 1.0, 2.0, 1001.0], [0.01, 0.01, 0.01, 0.01])
-    drafter = only_if_faster(SlotModel(max_model_len=10**6), costs)
-    few, many = "abcdef", "abcdefghij"
+    drafter = only_if_faster(SlotModel(max_model_len=10**6), ROOM_FOR_SIX)
+    few, many = "abcdef", "ghijklmnop"
     assert run_fixed(drafter, few, 3, 5) == [[10] * 6] * 3
+    for name in few:
+        drafter.release(name)
     assert run_fixed(drafter, many, 3, 5) == [[0] * 10] * 3
     assert drafter.counts["skipped_cost"] == 30
     for name in many:
         drafter.release(name)
     assert run_fixed(drafter, few, 3, 5) == [[10] * 6] * 3
+
+
+def test_whoever_is_drafted_for_goes_on_in_a_larger_batch_only_where_that_pays_there():
+    drafter = only_if_faster(SlotModel(max_model_len=10**6), ROOM_FOR_SIX)
+    few = "abcdef"
+    assert run_fixed(drafter, few, 1, 5)[0] == [10] * 6
+    # Four more find no room, and the six still have theirs.
+    assert [length > 0 for length in run_fixed(drafter, "abcdefghij", 1, 5)[0]] == [True] * 6 + [False] * 4
+    # In a batch of 94 drafts of the six cost as much as three more steps, in which all others would have said more.
+    crowd = [*few, *(f"{i}" for i in range(88))]
+    assert run_fixed(drafter, crowd, 1, 5) == [[0] * 94]
+    assert [length > 0 for length in run_fixed(drafter, few, 1, 5)[0]] == [True] * 6
+
+
+def test_the_first_of_a_burst_are_not_drafted_for_where_it_would_not_pay_for_all_of_it():
+    costs = replace(ROOM_FOR_SIX, prompt=0.01)
+    calm, busy = (only_if_faster(SlotModel(max_model_len=10**6), costs) for _ in range(2))
+    for i in range(100):
+        run_fixed(busy, [f"{i}-{j}" for j in range(20)], 1, 5)
+        for j in range(20):
+            busy.release(f"{i}-{j}")
+    assert busy.counts["prefills"] == 0
+    assert run_fixed(busy, "ab", 1, 5) == [[0, 0]]
+    assert run_fixed(calm, "ab", 1, 5) == [[10, 10]]
+    # When it has been calm for a while, it is another matter.
+    lengths = run_fixed(busy, "ab", 100, 5)
+    assert lengths[10] == [0, 0]
+    assert lengths[90] == [10, 10]
 
 
 def test_only_chains_of_full_length_are_learnt_from():

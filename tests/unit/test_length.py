@@ -19,9 +19,11 @@ from vllm_lvspec.draft.length import (
     Corrections,
     DraftPlan,
     FixedChains,
+    Load,
     RequestHistory,
     RunningMean,
     StepCosts,
+    expected_tokens,
     seconds_saved,
     smooth_costs,
 )
@@ -262,35 +264,56 @@ def test_seconds_saved_are_those_between_two_ways_to_the_same_tokens(costs, num,
     step = costs.of_target(num * (1 + length), context) + length * per_row * context
     for _ in range(length):
         step += costs.of_draft(num, context / 10)
-    saved = seconds_saved(costs, num, length, tokens, context, context / 10)
+    saved = seconds_saved(costs, Load(num, num, context, context, context / 10), length, tokens)
     assert many * num * saved == pytest.approx(alone - LEAST_GAIN * many / tokens * step)
+
+
+@settings(max_examples=200, deadline=None)
+@given(RANDOM_COSTS, st.integers(1, 64), st.data())
+def test_requests_without_drafts_wait_for_those_with_them_and_emit_one_token_a_step(costs, num, data):
+    costs = replace(costs, target_per_row_context=data.draw(st.floats(0, 1e-3)))
+    drafting, length = data.draw(st.integers(1, num)), data.draw(st.integers(1, 12))
+    share, context = data.draw(st.floats(0, 1)), data.draw(st.floats(0, 500))
+    verified, seen = context * drafting, context * drafting / 10
+    load = Load(num, drafting, context * num, verified, seen)
+    step = costs.of_target(num + drafting * length, context * num) + length * costs.of_draft(drafting, seen)
+    step += costs.target_per_row_context * length * verified
+    emitted = (num - drafting) + drafting * (1 + share * length)
+    alone = costs.of_target(num, context * num) / num
+    saved = seconds_saved(costs, load, length, 1 + share * length)
+    assert saved == pytest.approx(alone - LEAST_GAIN * step / emitted)
+    # As many of the same kind as there are requests: all have drafts.
+    grown = load.grown(num)
+    assert seconds_saved(costs, grown, length, 2.0) == pytest.approx(
+        seconds_saved(costs, Load(num, num, context * num, context * num, context * num / 10), length, 2.0)
+    )
 
 
 def test_costs_are_corrected_by_what_steps_of_about_as_many_requests_take():
     costs, corrections = StepCosts([1, 10], [1.0, 2.0], [0.1, 0.2], 0.01, 0.02, 0.03, prompt=5.0), Corrections()
-    assert corrections.applied(costs, 5) == costs
+    assert corrections.applied(costs, 5, 5) == costs
     for part, ratio in (("target", 3.0), ("draft", 7.0)):
         told = [corrections.note(part, 4 + i % 4, ratio * 2.0, 2.0) for i in range(16)]
         assert told[:-1] == [None] * 15
         corrections.correct(part, 5, told[-1])
-    corrected = corrections.applied(costs, 7)
+    corrected = corrections.applied(costs, 7, 7)
     assert corrected.target == pytest.approx([3.0, 6.0])
     assert corrected.draft == pytest.approx([0.7, 1.4])
     assert corrected.target_per_context == pytest.approx(0.03)
     assert corrected.draft_per_context == pytest.approx(0.14)
     assert corrected.target_per_row_context == pytest.approx(0.09)
     assert corrected.prompt == 5.0
-    assert corrections.applied(replace(costs, prompt=6.0), 7) == replace(corrected, prompt=6.0)
-    for others in (1, 3, 8, 64):
-        assert corrections.applied(costs, others) == costs
+    assert corrections.applied(replace(costs, prompt=6.0), 7, 7) == replace(corrected, prompt=6.0)
+    for others in (1, 3, 8, 64):  # of which nothing is known yet
+        assert corrections.applied(costs, others, others) == corrected
     # What is foretold is what was corrected; one step that waited for something else changes nothing.
     told = [corrections.note("target", 4, 100.0 if i == 9 else 1.5, 1.0) for i in range(16)]
     corrections.correct("target", 4, told[-1])
-    assert corrections.applied(costs, 4).target == pytest.approx([4.5, 9.0])
-    before = corrections.applied(costs, 4)
+    assert corrections.applied(costs, 4, 4).target == pytest.approx([4.5, 9.0])
+    before = corrections.applied(costs, 4, 4)
     for _ in range(20_000):
         corrections.fade(1)
-    faded = corrections.applied(costs, 4)
+    faded = corrections.applied(costs, 4, 4)
     assert faded.target == before.target  # these are noted whether anything is drafted or not
     assert faded.draft == pytest.approx(costs.draft, rel=0.01)
 
@@ -300,8 +323,8 @@ def test_corrections_stay_within_reason():
     for _ in range(10):
         corrections.correct("draft", 1, 1000.0)
         corrections.correct("target", 1, 0.001)
-    assert 1 < corrections.applied(costs, 1).draft[0] / 0.1 < 100
-    assert 0.01 < corrections.applied(costs, 1).target[0] < 1
+    assert 1 < corrections.applied(costs, 1, 1).draft[0] / 0.1 < 100
+    assert 0.01 < corrections.applied(costs, 1, 1).target[0] < 1
 
 
 def test_the_price_of_prompts_fades_while_none_is_read():
@@ -323,6 +346,13 @@ def plan_of(costs, rates, target_context=None, draft_context=None, max_length=40
         nothing if draft_context is None else np.array(draft_context, dtype=float),
         max_length,
     )
+
+
+def best_saved(costs, rates, target_context=0.0, draft_context=0.0, max_length=40) -> float:
+    """Seconds saved per token by drafts of the best length for all, each with as much in the caches."""
+    num = len(rates)
+    load = Load(num, num, num * target_context, num * target_context, num * draft_context)
+    return max(seconds_saved(costs, load, np.arange(1, max_length + 1), expected_tokens(np.array(rates), max_length)))
 
 
 RATES = st.lists(st.floats(0, 0.99), min_size=1, max_size=6)
@@ -352,15 +382,14 @@ def test_drafting_is_worth_it_where_a_length_for_all_promises_more_than_none(
     ]
     least = LEAST_GAIN * speeds[0]
     assume(abs(max(speeds[1:]) - least) > 1e-9)
-    assert (plan_of(costs, rates, *contexts, max_length).seconds_saved() > 0) == (max(speeds[1:]) > least)
+    assert (best_saved(costs, rates, target_context, draft_context, max_length) > 0) == (max(speeds[1:]) > least)
 
 
 def test_no_length_beyond_the_longest_is_hoped_for():
     # One drafted token gains too little to bother, two are enough.
     costs = StepCosts([1, 100], [1.0, 1.0], [0.9, 0.9])
     assert speed_of(costs, [0.99], [1]) < LEAST_GAIN < speed_of(costs, [0.99], [2])
-    assert plan_of(costs, [0.99], max_length=1).seconds_saved() <= 0
-    assert plan_of(costs, [0.99], max_length=2).seconds_saved() > 0
+    assert best_saved(costs, [0.99], max_length=1) <= 0 < best_saved(costs, [0.99], max_length=2)
 
 
 @settings(max_examples=100, deadline=None)
@@ -378,6 +407,21 @@ def test_a_plan_counts_tokens_and_seconds_as_they_come(costs, rates, data):
         active = active[data.draw(st.lists(st.booleans(), min_size=len(active), max_size=len(active)))]
         if not len(active):
             break
+
+
+@settings(max_examples=100, deadline=None)
+@given(RANDOM_COSTS, RATES, st.integers(1, 9), st.integers(1, 4))
+def test_a_plan_counts_what_requests_without_drafts_cost_and_emit(costs, rates, num_others, length):
+    costs = replace(costs, target_per_context=1e-4, target_per_row_context=1e-5)
+    num = len(rates)
+    plan = DraftPlan(costs, np.array(rates), np.full(num, 100.0), np.full(num, 10.0), 8, num_others, 70.0 * num_others)
+    for _ in range(length):
+        plan.take(np.arange(num), np.array(rates))
+    context = 100.0 * num
+    seconds = costs.of_target(num + num_others + num * length, context + 70.0 * num_others)
+    seconds += length * costs.of_draft(num, 10.0 * num) + length * costs.target_per_row_context * context
+    assert plan.cost == pytest.approx(seconds)
+    assert plan.tokens == pytest.approx(num_others + sum(sum(rate**i for i in range(length + 1)) for rate in rates))
 
 
 def speed_with(plan: DraftPlan, requests) -> float:
@@ -455,14 +499,14 @@ def test_one_request_is_drafted_for_as_far_as_is_best_where_costs_are_lines(rate
 @pytest.mark.parametrize("num_requests", [1, 8, 64])
 def test_where_every_row_costs_as_much_as_another_nobody_drafts(num_requests):
     costs = StepCosts([1, 2, 1000], [0.02, 0.04, 20.0], [0.0, 0.0, 0.0])
-    assert plan_of(costs, [0.99] * num_requests).seconds_saved() <= 0
+    assert best_saved(costs, [0.99] * num_requests) <= 0
 
 
 @pytest.mark.parametrize("num_requests", [1, 8, 64])
 def test_where_rows_cost_nothing_everybody_with_good_chances_drafts_fully(num_requests):
     costs = StepCosts([1, 1000], [1.0, 1.0], [0.02, 0.02])
     plan = plan_of(costs, [0.95] * num_requests)
-    assert plan.seconds_saved() > 0
+    assert best_saved(costs, [0.95] * num_requests) > 0
     everybody = np.arange(num_requests)
     for _ in range(10):
         plan.take(everybody, np.full(num_requests, 0.95))
@@ -472,7 +516,7 @@ def test_where_rows_cost_nothing_everybody_with_good_chances_drafts_fully(num_re
 def test_the_same_drafts_pay_for_few_requests_and_not_for_many():
     # Bound by memory up to 64 rows, by arithmetic beyond.
     costs = StepCosts([1, 64, 1024], [1.0, 1.0, 16.0], [0.1, 0.1, 1.6])
-    worth = [plan_of(costs, [0.8] * num).seconds_saved() > 0 for num in (1, 4, 16, 64, 256)]
+    worth = [best_saved(costs, [0.8] * num) > 0 for num in (1, 4, 16, 64, 256)]
     assert worth == sorted(worth, reverse=True)
     assert worth[0]
     assert not worth[-1]
@@ -481,10 +525,10 @@ def test_the_same_drafts_pay_for_few_requests_and_not_for_many():
 def test_a_long_video_in_the_targets_cache_makes_drafts_worth_more_and_one_in_the_drafters_less():
     # Rows of drafts share one reading of the cache.
     costs = StepCosts([1, 101], [1.0, 51.0], [0.1, 0.1], target_per_context=1e-4, draft_per_context=1e-4)
-    assert plan_of(costs, [0.6], [0], [0]).seconds_saved() <= 0
-    assert plan_of(costs, [0.6], [50_000], [0]).seconds_saved() > 0
-    assert plan_of(costs, [0.6], [50_000], [5_000]).seconds_saved() > 0
-    assert plan_of(costs, [0.6], [50_000], [50_000]).seconds_saved() <= 0
+    assert best_saved(costs, [0.6], 0, 0) <= 0
+    assert best_saved(costs, [0.6], 50_000, 0) > 0
+    assert best_saved(costs, [0.6], 50_000, 5_000) > 0
+    assert best_saved(costs, [0.6], 50_000, 50_000) <= 0
 
 
 @settings(max_examples=200, deadline=None)
@@ -506,7 +550,7 @@ def test_a_stair_in_the_costs_does_not_end_drafts_that_pay_on_the_next_landing()
     rows, seconds = [1, 2, 4, 16], [1.0, 1.0, 2.0, 2.0]
     costs = StepCosts(rows, smooth_costs(rows, seconds), [0.02] * 4)
     plan = plan_of(costs, [0.95])
-    assert plan.seconds_saved() > 0
+    assert best_saved(costs, [0.95]) > 0
     for _ in range(10):
         plan.take(np.array([0]), np.array([0.95]))
         assert plan.going_on(np.array([0])).tolist() == [0]

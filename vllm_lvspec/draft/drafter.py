@@ -23,15 +23,20 @@ from vllm_lvspec.draft.length import (
     Corrections,
     DraftPlan,
     FixedChains,
+    Load,
     Refusal,
     RequestHistory,
+    RunningMean,
     StepCosts,
+    expected_tokens,
     seconds_saved,
 )
 from vllm_lvspec.draft.pages import DraftSequence, PagePool
 from vllm_lvspec.draft.pruning import STRATEGIES, Strategy, VideoView, VisualGrid
 from vllm_lvspec.kernels.advance_decode import advance_decode
 
+# How many steps tell how many requests there usually are.
+_LATELY = 64.0
 # What is counted: requests and tokens drafted for, forwards of the model, requests that could not be drafted for in a
 # step because no room was left in their length, no page in the pool, their visual embeddings can't be had, or because
 # drafting would not have paid; and videos of which the strategy did not know what it looks at.
@@ -184,6 +189,7 @@ class Drafter:
         self.chains = FixedChains()
         self.answers = Answers()
         self.corrections = Corrections()
+        self._usual_requests = RunningMean(_LATELY)  # of a step
         self.refusal: Refusal | None = None  # to draft, while it stands
         self.prefill_seconds = 0.0
         self.foretold_seconds = 0.0  # what its forwards should take by `costs`, prompts apart
@@ -228,6 +234,7 @@ class Drafter:
                 history = self._histories[request.req_id] = RequestHistory()
             history.num_emitted = len(request.token_ids) - request.num_prompt_tokens
         if self.costs is not None and wanted:
+            self._usual_requests.note(len(wanted))
             if self._is_refused(len(wanted), len(self._histories) > num_known):
                 self.counts["skipped_cost"] += len(wanted)
                 return drafts
@@ -241,7 +248,11 @@ class Drafter:
             return drafts
         ready.sort(key=lambda pair: -pair[0])
         chosen = [requests[i] for _, i in ready]
-        plan = self._plan(chosen, num_speculative_tokens) if self.is_adaptive and self.costs is not None else None
+        plan = None
+        if self.is_adaptive and self.costs is not None:
+            names = {request.req_id for request in chosen}
+            others = [request for request in requests if request.req_id not in names and not request.is_done]
+            plan = self._plan(chosen, others, num_speculative_tokens)
         for (_, i), row in zip(ready, self._draft(chosen, [length for length, _ in ready], plan), strict=True):
             drafts[i] = row
         self.counts["drafted_requests"] += len(ready)
@@ -266,26 +277,63 @@ class Drafter:
     def _paying(
         self, requests: Sequence[DraftRequest], wanted: list[tuple[int, int]], max_length: int
     ) -> list[tuple[int, int]]:
-        """Those of `wanted` who get what is left of their answers sooner with drafts, with prompts to be read first."""
+        """Those of `wanted` who get what is left of all answers sooner with drafts, with prompts to be read first.
+
+        Whose prompt has been read drafts on where that pays for these few, in a batch where others may go without.
+        """
         candidates = [requests[i] for _, i in wanted]
-        costs = self._costs_now(len(candidates))
-        if self.is_adaptive:
-            saved = self._plan(candidates, max_length).seconds_saved()
-        else:
-            contexts = (float(context.sum()) for context in self._contexts(candidates))
-            saved = seconds_saved(costs, len(candidates), max_length, self.chains.tokens(max_length), *contexts)
-        paying = []
-        if saved > 0:
-            for (length, i), request in zip(wanted, candidates, strict=True):
-                left = self.answers.tokens_left(request.max_draft_tokens + 1)
-                if saved * left > (0.0 if request.req_id in self.sequences else PROMPT_MARGIN * costs.prompt):
-                    paying.append((length, i))
-        self.counts["skipped_cost"] += len(wanted) - len(paying)
+        known = [j for j, request in enumerate(candidates) if request.req_id in self.sequences]
+        saved = self._seconds_saved(candidates, known, max_length) if known else 0.0
+        chosen = known if saved > 0 else []
+        if len(known) < len(candidates):
+            joined = sorted([*known, *self._joining(candidates, known, max(saved, 0.0), max_length)])
+            if len(joined) > len(known) and self._seconds_saved(candidates, joined, max_length) > max(saved, 0.0):
+                chosen = joined
+        self.counts["skipped_cost"] += len(wanted) - len(chosen)
         num_steps = 1 if self.refusal is None else self.refusal.num_steps
         self.refusal = None
-        if not paying:
+        if not chosen:
             self.refusal = Refusal(self._doubt(candidates, num_steps), len(wanted))
-        return paying
+        return [wanted[j] for j in chosen]
+
+    def _joining(
+        self, candidates: Sequence[DraftRequest], known: Sequence[int], saved: float, max_length: int
+    ) -> list[int]:
+        """Indices of those of `candidates` for whom it pays to read the prompt, where drafts of the `known` ones save
+        so many seconds per token already."""
+        assert self.costs is not None
+        every, num = range(len(candidates)), len(candidates)
+        new = [j for j in every if j not in set(known)]
+        # What their drafts save is saved by all requests.
+        gain = (self._seconds_saved(candidates, every, max_length) - saved) * num / len(new)
+        # And it must not end when as many requests are here as lately: prompts of a burst come one after another.
+        if self._usual_requests.mean > num:
+            gain = min(gain, self._seconds_saved(candidates, every, max_length, self._usual_requests.mean))
+        price = PROMPT_MARGIN * self.costs.prompt
+        return [j for j in new if gain * self.answers.tokens_left(candidates[j].max_draft_tokens + 1) > price]
+
+    def _seconds_saved(
+        self,
+        candidates: Sequence[DraftRequest],
+        drafting: Sequence[int],
+        max_length: int,
+        num_requests: float | None = None,
+    ) -> float:
+        """Per emitted token, where those `drafting` of `candidates` (indices) have drafts of the best length; or where
+        there are `num_requests` like these, all with drafts."""
+        chosen = [candidates[j] for j in drafting]
+        whole = float(sum(len(request.token_ids) for request in candidates))
+        target, draft = self._contexts(chosen)
+        load = Load(len(candidates), len(chosen), whole, float(target.sum()), float(draft.sum()))
+        if num_requests is not None:
+            load = load.grown(num_requests)
+        if self.is_adaptive:
+            length: Any = np.arange(1, max_length + 1)
+            tokens: Any = expected_tokens(self._rates(chosen), max_length)
+        else:
+            length, tokens = max_length, self.chains.tokens(max_length)
+        costs = self._costs_now(int(load.num_requests), int(load.num_drafting))
+        return float(np.max(seconds_saved(costs, load, length, tokens)))
 
     def _is_refused(self, num_requests: int, has_newcomers: bool) -> bool:
         """Whether the last decision, that nothing be drafted, stands for this step."""
@@ -293,15 +341,21 @@ class Drafter:
             return False
         return not has_newcomers and self.refusal.stands(self.costs, num_requests)
 
-    def _plan(self, requests: Sequence[DraftRequest], max_length: int) -> DraftPlan:
-        """What is known of the chances of `requests`, and what drafting for them costs."""
-        factors = np.array([self._histories[request.req_id].factor for request in requests])
-        rates = np.clip(self.acceptance.mean() * factors, 0, 0.99)
-        return DraftPlan(self._costs_now(len(requests)), rates, *self._contexts(requests), max_length)
+    def _plan(self, requests: Sequence[DraftRequest], others: Sequence[DraftRequest], max_length: int) -> DraftPlan:
+        """What is known of the chances of `requests`, and what drafting for them costs in a batch with `others`."""
+        costs = self._costs_now(len(requests) + len(others), len(requests))
+        others_context = float(sum(len(request.token_ids) for request in others))
+        contexts = self._contexts(requests)
+        return DraftPlan(costs, self._rates(requests), *contexts, max_length, len(others), others_context)
 
-    def _costs_now(self, num_requests: int) -> StepCosts:
+    def _rates(self, requests: Sequence[DraftRequest]) -> np.ndarray:
+        """Each one's mean chance that a drafted token is accepted, `[num_requests]`."""
+        factors = np.array([self._histories[request.req_id].factor for request in requests])
+        return np.clip(self.acceptance.mean() * factors, 0, 0.99)
+
+    def _costs_now(self, num_requests: int, num_drafting: int) -> StepCosts:
         assert self.costs is not None
-        return self.corrections.applied(self.costs, num_requests)
+        return self.corrections.applied(self.costs, num_requests, num_drafting)
 
     def _contexts(self, requests: Sequence[DraftRequest]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens in the target's and in the drafter's cache, `[num_requests]` each."""
@@ -454,7 +508,7 @@ class Drafter:
         active = np.arange(len(requests))
         rows_of_requests = [active]
         newest, batch = first, None
-        costs = self._costs_now(len(requests)) if self.costs is not None else None
+        costs = self._costs_now(len(requests), len(requests)) if self.costs is not None else None
         contexts = self._contexts(requests)[1]
         self._foretell(costs, contexts)
         for step in range(1, lengths[0]):

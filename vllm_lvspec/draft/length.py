@@ -97,21 +97,40 @@ class StepCosts:
         return _interpolate(self.rows, self.draft, rows) + self.draft_per_context * context
 
 
-def seconds_saved(
-    costs: StepCosts,
-    num_requests: int,
-    length: int | np.ndarray,
-    tokens: float | np.ndarray,
-    target_context: float,
-    draft_context: float,
-) -> Any:
-    """By drafts of `length` for all of `num_requests`, per request and emitted token, where `tokens` are emitted per
-    request and step; not above 0 where they don't pay. Contexts are those of all requests together. Of several lengths
-    `[num_lengths]` it gives as many."""
-    alone = costs.of_target(num_requests, target_context)
-    drafting = length * costs.of_draft(num_requests, draft_context)
-    verifying = costs.of_verification(num_requests, num_requests * (1 + length), target_context)
-    return (alone - LEAST_GAIN * (drafting + verifying) / tokens) / num_requests
+@dataclass(frozen=True)
+class Load:
+    """A step's requests, of which `num_drafting` have drafts; and tokens in caches: the target's of all of them, and of
+    those that have drafts, and the drafter's of these."""
+
+    num_requests: float
+    num_drafting: float
+    target_context: float
+    verified_context: float
+    draft_context: float
+
+    def grown(self, num_requests: float) -> Load:
+        """So many requests of the same kind, of which all have drafts; the drafting ones must not be none."""
+        every = num_requests / self.num_drafting
+        context = every * self.verified_context
+        return Load(num_requests, num_requests, context, context, every * self.draft_context)
+
+
+def seconds_saved(costs: StepCosts, load: Load, length: int | np.ndarray, tokens: float | np.ndarray) -> Any:
+    """By drafts of `length`, per emitted token of any request, where `tokens` are emitted in a step by each that has a
+    draft; not above 0 where they don't pay. Of several lengths `[num_lengths]` it gives as many."""
+    num, drafting = load.num_requests, load.num_drafting
+    alone = costs.of_target(num, load.target_context)
+    step = length * costs.of_draft(drafting, load.draft_context)
+    step += costs.of_target(num + drafting * length, load.target_context)
+    step += costs.target_per_row_context * length * load.verified_context
+    return alone / num - LEAST_GAIN * step / (num - drafting + drafting * tokens)
+
+
+def expected_tokens(rates: np.ndarray, max_length: int) -> np.ndarray:
+    """What a step emits per request by length of the draft, from 1, `[max_length]`, where drafted tokens are accepted
+    with `rates [num_requests]` if all before them are."""
+    lengths = np.arange(1, max_length + 1)
+    return 1 + (rates ** lengths[:, None]).mean(1).cumsum()
 
 
 def smooth_costs(rows: Sequence[int], seconds: Sequence[float]) -> list[float]:
@@ -153,24 +172,33 @@ class Corrections:
     def __init__(self) -> None:
         self._factors: dict[tuple[str, int], float] = {}
         self._ratios: dict[tuple[str, int], list[float]] = defaultdict(list)
-        self._applied: dict[int, tuple[StepCosts, StepCosts]] = {}  # what `applied` was last asked, by size
+        self._applied: dict[
+            tuple[int, int], tuple[StepCosts, StepCosts]
+        ] = {}  # what `applied` was last asked, by sizes
 
     def factor(self, part: str, num_requests: int) -> float:
-        """How many times as long as by the table that part takes in steps of so many requests."""
-        return self._factors.get((part, num_requests.bit_length()), 1.0)
-
-    def applied(self, costs: StepCosts, num_requests: int) -> StepCosts:
-        """`costs` of steps of so many requests."""
+        """How many times as long as by the table that part takes in steps of so many requests, or of those next to as
+        many of which it is known."""
         size = num_requests.bit_length()
-        before, corrected = self._applied.get(size, (None, costs))
+        known = (abs(size - other) for p, other in self._factors if p == part)
+        if (part, size) not in self._factors and (distance := min(known, default=None)) is not None:
+            size += distance if (part, size + distance) in self._factors else -distance
+        return self._factors.get((part, size), 1.0)
+
+    def applied(self, costs: StepCosts, num_requests: int, num_drafting: int) -> StepCosts:
+        """`costs` of steps of so many requests, of which so many have drafts."""
+        sizes = num_requests.bit_length(), num_drafting.bit_length()
+        before, corrected = self._applied.get(sizes, (None, costs))
         if before is not costs:
-            corrected = costs.scaled(self.factor("target", num_requests), self.factor("draft", num_requests))
-            self._applied[size] = costs, corrected
+            corrected = costs.scaled(self.factor("target", num_requests), self.factor("draft", num_drafting))
+            self._applied[sizes] = costs, corrected
         return corrected
 
     def note(self, part: str, num_requests: int, seconds: float, foretold: float) -> float | None:
         """A step's target's or drafter's part took `seconds`: what `correct` is to be told, once in a while."""
-        ratios = self._ratios[part, num_requests.bit_length()]
+        size = num_requests.bit_length()
+        self._factors.setdefault((part, size), self.factor(part, num_requests))  # by which it was foretold
+        ratios = self._ratios[part, size]
         ratios.append(seconds / foretold)
         if len(ratios) < _FEW_STEPS:
             return None
@@ -346,7 +374,8 @@ class DraftPlan:
     """One step's drafting for a batch: who drafts another token.
 
     `rates [num_requests]`: each request's mean chance that a drafted token is accepted. `target_context`,
-    `draft_context [num_requests]`: tokens in the target's and the drafter's cache.
+    `draft_context [num_requests]`: tokens in the target's and the drafter's cache. `num_others`: requests of the step
+    that have no drafts, with `others_context` tokens in the target's cache.
     """
 
     def __init__(
@@ -356,16 +385,18 @@ class DraftPlan:
         target_context: np.ndarray,
         draft_context: np.ndarray,
         max_length: int,
+        num_others: int = 0,
+        others_context: float = 0.0,
     ):
         self.costs = costs
         self.rates = rates
         self.target_context = target_context
         self.draft_context = draft_context
-        self.max_length = max_length
         self.survival = np.ones(len(rates))  # the chance that all that was drafted so far will be accepted
-        self.tokens = float(len(rates))  # expected from this step; each request gets one of the target's own
-        self.rows = len(rates)
-        self.cost = costs.of_target(self.rows, float(target_context.sum()))
+        self.rows = len(rates) + num_others
+        self.tokens = float(self.rows)  # expected from this step; each request gets one of the target's own
+        self.cost = costs.of_target(self.rows, float(target_context.sum()) + others_context)
+        self._most_rows = self.rows + len(rates) * max_length
 
     # What a forward costs by its number of rows, without contexts: it is asked for every token, if any is drafted.
     @functools.cached_property
@@ -374,14 +405,7 @@ class DraftPlan:
 
     @functools.cached_property
     def _target(self) -> np.ndarray:
-        return self.costs.of_target(np.arange(len(self.rates) * (1 + self.max_length) + 1))
-
-    def seconds_saved(self) -> float:
-        """`seconds_saved` by the best length for all."""
-        num, contexts = len(self.rates), (float(self.target_context.sum()), float(self.draft_context.sum()))
-        lengths = np.arange(1, self.max_length + 1)
-        accepted = (self.rates ** lengths[:, None]).sum(1).cumsum()
-        return float(seconds_saved(self.costs, num, lengths, 1 + accepted / num, *contexts).max())
+        return self.costs.of_target(np.arange(self._most_rows + 1))
 
     def take(self, requests: np.ndarray, chances: np.ndarray) -> None:
         """Count one drafted token, accepted with `chances`, for each of `requests` (indices)."""
