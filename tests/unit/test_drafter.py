@@ -1020,6 +1020,29 @@ def test_whoever_is_drafted_for_goes_on_in_a_larger_batch_only_where_that_pays_t
     assert [length > 0 for length in run_fixed(drafter, few, 1, 5)[0]] == [True] * 6
 
 
+@pytest.mark.parametrize("sees_tokens", [True, False])
+def test_adaptive_drafts_are_of_the_least_length_where_there_is_room_for_it(sees_tokens):
+    # Nothing is likely to be accepted, and every row costs as much as another step.
+    model = SlotModel(max_model_len=10**6, confidence=lambda entries: 0.1)
+    drafter = make_drafter(model, costs=LOADED)
+    drafter.only_if_faster, drafter.least_length, drafter.sees_tokens = False, 4, sees_tokens
+    requests = [make_request("a"), make_request("b", max_draft=2)]
+    assert [len(draft) for draft in drafter.propose(requests, 10)] == [4, 2]
+    assert [len(draft) for draft in drafter.propose([make_request("c")], 3)] == [3]
+    drafter.least_length = 1
+    assert [len(draft) for draft in drafter.propose([make_request("d")], 10)] == [1]
+
+
+def test_whether_adaptive_drafts_pay_is_asked_of_none_shorter_than_the_least():
+    # One token pays, four don't.
+    costs = StepCosts([1, 2, 3, 1000], [1.0, 1.1, 9.0, 999.0], [0.01] * 4)
+    drafter = make_drafter(SlotModel(max_model_len=10**6), costs=costs)
+    assert [len(draft) for draft in drafter.propose([make_request("a")], 10)] == [1]
+    drafter.least_length = 4
+    drafter.release("a")
+    assert drafter.propose([make_request("b")], 10) == [[]]
+
+
 def test_the_first_of_a_burst_are_not_drafted_for_where_it_would_not_pay_for_all_of_it():
     costs = replace(ROOM_FOR_SIX, prompt=0.01)
     calm, busy = (only_if_faster(SlotModel(max_model_len=10**6), costs) for _ in range(2))
@@ -1031,9 +1054,9 @@ def test_the_first_of_a_burst_are_not_drafted_for_where_it_would_not_pay_for_all
     assert run_fixed(busy, "ab", 1, 5) == [[0, 0]]
     assert run_fixed(calm, "ab", 1, 5) == [[10, 10]]
     # When it has been calm for a while, it is another matter.
-    lengths = run_fixed(busy, "ab", 100, 5)
-    assert lengths[10] == [0, 0]
-    assert lengths[90] == [10, 10]
+    lengths = [run_fixed(busy, "ab", 1, 5)[0] for _ in range(600)]
+    assert lengths[100] == [0, 0]
+    assert lengths[-1] == [10, 10]
 
 
 def test_only_chains_of_full_length_are_learnt_from():

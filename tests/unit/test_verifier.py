@@ -701,3 +701,25 @@ def test_tags_tell_items_apart_and_are_never_what_stands_for_nothing():
     assert len({*tags, 0}) == 501
     assert tags == [tag_of(f"item{i}") for i in range(500)]
     assert np.array(tags, dtype=np.int64).tolist() == tags
+
+
+@pytest.mark.parametrize(
+    ("policy", "relaxation", "most", "least"),
+    [
+        ("strict", 0.9, 10, 1),
+        ("fly", 0.9, 10, 1),
+        ("lvspec", 0.9, 10, 6),  # 5 of 6 are fillers, and 9 of 10
+        ("lvspec", 0.9, 4, 4),
+        ("lvspec", 0.5, 10, 2),
+        ("lvspec", 1.0, 10, 1),
+        ("lvspec", 0.0, 10, 1),
+        ("random", 0.9, 20, 6),
+    ],
+)
+def test_of_the_least_length_almost_as_many_are_fillers_as_of_the_longest(policy, relaxation, most, least):
+    assert POLICIES[policy].least_length(relaxation, most) == least
+
+
+@given(st.sampled_from(sorted(POLICIES)), st.floats(0, 1), st.integers(1, 64))
+def test_every_policy_has_a_least_length(policy, relaxation, most):
+    assert 1 <= POLICIES[policy].least_length(relaxation, most) <= most

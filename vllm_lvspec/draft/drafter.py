@@ -26,7 +26,6 @@ from vllm_lvspec.draft.length import (
     Load,
     Refusal,
     RequestHistory,
-    RunningMean,
     StepCosts,
     expected_tokens,
     seconds_saved,
@@ -35,8 +34,8 @@ from vllm_lvspec.draft.pages import DraftSequence, PagePool
 from vllm_lvspec.draft.pruning import STRATEGIES, Strategy, VideoView, VisualGrid
 from vllm_lvspec.kernels.advance_decode import advance_decode
 
-# How many steps tell how many requests there usually are.
-_LATELY = 64.0
+# What is left of the most requests of a step after another one: a burst is expected again for some hundred steps.
+_MOST_LEFT = 0.998
 # What is counted: requests and tokens drafted for, forwards of the model, requests that could not be drafted for in a
 # step because no room was left in their length, no page in the pool, their visual embeddings can't be had, or because
 # drafting would not have paid; and videos of which the strategy did not know what it looks at.
@@ -162,8 +161,8 @@ class Drafter:
     """Owns the drafter's sequences, their pages and the visual embeddings.
 
     `scores(req_id)`: the target's scores of each item's tokens, None for items where it has none; for strategies that
-    ask the target. Once `costs` are known, drafts are only as long as they pay (`is_adaptive`), and where none pays
-    there are none (`only_if_faster`).
+    ask the target. Once `costs` are known, drafts are only as long as they pay, but of `least_length` where there is
+    room (`is_adaptive`), and where none pays there are none (`only_if_faster`).
     """
 
     def __init__(
@@ -176,12 +175,14 @@ class Drafter:
         *,
         is_adaptive: bool = False,
         only_if_faster: bool = False,
+        least_length: int = 1,
     ):
         self.model = model
         self.strategy = strategy
         self.ratio = ratio
         self.is_adaptive = is_adaptive
         self.only_if_faster = only_if_faster
+        self.least_length = least_length
         self.embeddings = EmbeddingCache(max_embedding_bytes)
         self.sequences: dict[str, DraftSequence] = {}
         self.costs: StepCosts | None = None
@@ -189,7 +190,7 @@ class Drafter:
         self.chains = FixedChains()
         self.answers = Answers()
         self.corrections = Corrections()
-        self._usual_requests = RunningMean(_LATELY)  # of a step
+        self._most_lately = 0.0  # requests of a step
         self.refusal: Refusal | None = None  # to draft, while it stands
         self.prefill_seconds = 0.0
         self.foretold_seconds = 0.0  # what its forwards should take by `costs`, prompts apart
@@ -234,7 +235,7 @@ class Drafter:
                 history = self._histories[request.req_id] = RequestHistory()
             history.num_emitted = len(request.token_ids) - request.num_prompt_tokens
         if self.costs is not None and wanted:
-            self._usual_requests.note(len(wanted))
+            self._most_lately = max(len(wanted), _MOST_LEFT * self._most_lately)
             if self._is_refused(len(wanted), len(self._histories) > num_known):
                 self.counts["skipped_cost"] += len(wanted)
                 return drafts
@@ -306,10 +307,10 @@ class Drafter:
         new = [j for j in every if j not in set(known)]
         # What their drafts save is saved by all requests.
         gain = (self._seconds_saved(candidates, every, max_length) - saved) * num / len(new)
-        # And it must not end when as many requests are here as lately: prompts of a burst come one after another.
-        if self._usual_requests.mean > num:
-            gain = min(gain, self._seconds_saved(candidates, every, max_length, self._usual_requests.mean))
         price = PROMPT_MARGIN * self.costs.prompt
+        # And it must not end when as many requests are here as lately: prompts of a burst come one after another.
+        if price and self._most_lately > num:
+            gain = min(gain, self._seconds_saved(candidates, every, max_length, self._most_lately))
         return [j for j in new if gain * self.answers.tokens_left(candidates[j].max_draft_tokens + 1) > price]
 
     def _seconds_saved(
@@ -328,8 +329,9 @@ class Drafter:
         if num_requests is not None:
             load = load.grown(num_requests)
         if self.is_adaptive:
-            length: Any = np.arange(1, max_length + 1)
-            tokens: Any = expected_tokens(self._rates(chosen), max_length)
+            least = min(self.least_length, max_length)
+            length: Any = np.arange(least, max_length + 1)
+            tokens: Any = expected_tokens(self._rates(chosen), max_length)[least - 1 :]
         else:
             length, tokens = max_length, self.chains.tokens(max_length)
         costs = self._costs_now(int(load.num_requests), int(load.num_drafting))
@@ -516,7 +518,7 @@ class Drafter:
             going_on = active[[lengths[i] > step and not end for i, end in zip(active, ended, strict=True)]]
             if plan is not None:
                 plan.take(active, self._note_chances(requests, active, newest))
-                going_on = plan.going_on(going_on) if len(going_on) else going_on
+                going_on = plan.going_on(going_on) if len(going_on) and step >= self.least_length else going_on
             if not len(going_on):
                 break
             stays = np.searchsorted(active, going_on)

@@ -102,6 +102,9 @@ class LVSpecProposer:
             self._scores,
             is_adaptive=self.config.draft_length == "adaptive",
             only_if_faster=self.config.only_if_faster,
+            least_length=POLICIES[self.config.policy].least_length(
+                self.config.relaxation, self.config.num_speculative_tokens
+            ),
         )
 
     @contextmanager

@@ -57,6 +57,13 @@ class Policy:
         """Whether anything but the target's choices may be emitted."""
         return self.score is not None and (relaxation > 0 or not self.has_relaxation)
 
+    def least_length(self, relaxation: float, most: int) -> int:
+        """The shortest chain of which almost as large a share are fillers as of one of `most`. Of one drafted token,
+        lambda 0.9 makes no filler: shorter drafts are verified more strictly, and bring less than their probabilities
+        promise."""
+        share = self.num_fillers(relaxation, most) / most
+        return next(k for k in range(1, most + 1) if self.num_fillers(relaxation, k) >= 0.9 * share * k)
+
 
 def share_of_chain(relaxation: float, k: int) -> int:
     """LVSpec's lambda: the share of a chain of k that is fillers. Counted so that 0.7 of 10 are 7, not 6."""
