@@ -224,7 +224,7 @@ def test_two_ranks_draft_as_far_by_the_clock_of_one(engines, oracle, monkeypatch
     assert replace(first, prompt=0.0) == before[0], "of what is measured at the start nothing changes"
     assert first.prompt > 0
     first, second = engine.llm.collective_rpc(corrections_of)
-    assert first == second and {part for part, _ in first} == {"target", "draft"}
+    assert first == second and {part for part, _ in first} == {"target", "first", "draft"}
     engine.llm.collective_rpc(draft_whether_it_pays_or_not, args=(False,))
     drafted = stats["drafted_tokens"]
     got += engine.run(requests[20:], (8, 1, 5))

@@ -1020,6 +1020,20 @@ def test_whoever_is_drafted_for_goes_on_in_a_larger_batch_only_where_that_pays_t
     assert [length > 0 for length in run_fixed(drafter, few, 1, 5)[0]] == [True] * 6
 
 
+def test_what_drafts_should_take_is_told_apart_by_first_and_further_tokens():
+    costs = StepCosts([1, 1000], [1.0, 1.0], [0.1, 0.1], draft_per_context=1e-3, first=5.0)
+    drafter = make_drafter(SlotModel(max_model_len=10**6), costs=costs)
+    drafter.is_adaptive = drafter.only_if_faster = False
+    requests = [make_request("a"), make_request("b", max_draft=3)]
+    started = time.perf_counter()
+    assert [len(draft) for draft in drafter.propose(requests, 4)] == [4, 3]
+    seconds = time.perf_counter() - started
+    a, b = (len(kept_tokens(request)) + len(request.token_ids) - request.num_prompt_tokens for request in requests)
+    assert drafter.foretold_first == pytest.approx(5 * (0.1 + 1e-3 * (a + b)))
+    assert drafter.foretold_further == pytest.approx(3 * 0.1 + 1e-3 * (3 * a + 2 * b))
+    assert 0 < drafter.further_seconds < seconds
+
+
 @pytest.mark.parametrize("sees_tokens", [True, False])
 def test_adaptive_drafts_are_of_the_least_length_where_there_is_room_for_it(sees_tokens):
     # Nothing is likely to be accepted, and every row costs as much as another step.

@@ -271,12 +271,13 @@ def test_seconds_saved_are_those_between_two_ways_to_the_same_tokens(costs, num,
 @settings(max_examples=200, deadline=None)
 @given(RANDOM_COSTS, st.integers(1, 64), st.data())
 def test_requests_without_drafts_wait_for_those_with_them_and_emit_one_token_a_step(costs, num, data):
-    costs = replace(costs, target_per_row_context=data.draw(st.floats(0, 1e-3)))
+    costs = replace(costs, target_per_row_context=data.draw(st.floats(0, 1e-3)), first=data.draw(st.floats(0.5, 9)))
     drafting, length = data.draw(st.integers(1, num)), data.draw(st.integers(1, 12))
     share, context = data.draw(st.floats(0, 1)), data.draw(st.floats(0, 500))
     verified, seen = context * drafting, context * drafting / 10
     load = Load(num, drafting, context * num, verified, seen)
-    step = costs.of_target(num + drafting * length, context * num) + length * costs.of_draft(drafting, seen)
+    step = costs.of_target(num + drafting * length, context * num)
+    step += (costs.first + length - 1) * costs.of_draft(drafting, seen)
     step += costs.target_per_row_context * length * verified
     emitted = (num - drafting) + drafting * (1 + share * length)
     alone = costs.of_target(num, context * num) / num
@@ -292,13 +293,14 @@ def test_requests_without_drafts_wait_for_those_with_them_and_emit_one_token_a_s
 def test_costs_are_corrected_by_what_steps_of_about_as_many_requests_take():
     costs, corrections = StepCosts([1, 10], [1.0, 2.0], [0.1, 0.2], 0.01, 0.02, 0.03, prompt=5.0), Corrections()
     assert corrections.applied(costs, 5, 5) == costs
-    for part, ratio in (("target", 3.0), ("draft", 7.0)):
+    for part, ratio in (("target", 3.0), ("draft", 7.0), ("first", 14.0)):
         told = [corrections.note(part, 4 + i % 4, ratio * 2.0, 2.0) for i in range(16)]
         assert told[:-1] == [None] * 15
         corrections.correct(part, 5, told[-1])
     corrected = corrections.applied(costs, 7, 7)
     assert corrected.target == pytest.approx([3.0, 6.0])
     assert corrected.draft == pytest.approx([0.7, 1.4])
+    assert corrected.first == pytest.approx(2.0)
     assert corrected.target_per_context == pytest.approx(0.03)
     assert corrected.draft_per_context == pytest.approx(0.14)
     assert corrected.target_per_row_context == pytest.approx(0.09)
@@ -412,14 +414,14 @@ def test_a_plan_counts_tokens_and_seconds_as_they_come(costs, rates, data):
 @settings(max_examples=100, deadline=None)
 @given(RANDOM_COSTS, RATES, st.integers(1, 9), st.integers(1, 4))
 def test_a_plan_counts_what_requests_without_drafts_cost_and_emit(costs, rates, num_others, length):
-    costs = replace(costs, target_per_context=1e-4, target_per_row_context=1e-5)
+    costs = replace(costs, target_per_context=1e-4, target_per_row_context=1e-5, first=3.0)
     num = len(rates)
     plan = DraftPlan(costs, np.array(rates), np.full(num, 100.0), np.full(num, 10.0), 8, num_others, 70.0 * num_others)
     for _ in range(length):
         plan.take(np.arange(num), np.array(rates))
     context = 100.0 * num
     seconds = costs.of_target(num + num_others + num * length, context + 70.0 * num_others)
-    seconds += length * costs.of_draft(num, 10.0 * num) + length * costs.target_per_row_context * context
+    seconds += (2 + length) * costs.of_draft(num, 10.0 * num) + length * costs.target_per_row_context * context
     assert plan.cost == pytest.approx(seconds)
     assert plan.tokens == pytest.approx(num_others + sum(sum(rate**i for i in range(length + 1)) for rate in rates))
 

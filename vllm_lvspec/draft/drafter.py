@@ -193,7 +193,9 @@ class Drafter:
         self._most_lately = 0.0  # requests of a step
         self.refusal: Refusal | None = None  # to draft, while it stands
         self.prefill_seconds = 0.0
-        self.foretold_seconds = 0.0  # what its forwards should take by `costs`, prompts apart
+        # What drafts should take by `costs`, prompts apart: their first tokens, and all further ones; and what these
+        # have taken.
+        self.foretold_first = self.foretold_further = self.further_seconds = 0.0
         self._scores = scores
         self._prompts: dict[str, _Prompt] = {}
         self._histories: dict[str, RequestHistory] = {}
@@ -512,7 +514,9 @@ class Drafter:
         newest, batch = first, None
         costs = self._costs_now(len(requests), len(requests)) if self.costs is not None else None
         contexts = self._contexts(requests)[1]
-        self._foretell(costs, contexts)
+        if costs is not None:
+            self.foretold_first += costs.first * float(costs.of_draft(len(contexts), contexts.sum()))
+        started = time.perf_counter()
         for step in range(1, lengths[0]):
             ended = self._ended(requests, active, newest, plan is not None)
             going_on = active[[lengths[i] > step and not end for i, end in zip(active, ended, strict=True)]]
@@ -536,7 +540,8 @@ class Drafter:
             active = going_on
             newest = self.model.forward(batch, batch.query_starts_cpu[1:] - 1, plan is not None)
             self.counts["forwards"] += 1
-            self._foretell(costs, contexts[active])
+            if costs is not None:
+                self.foretold_further += float(costs.of_draft(len(active), contexts[active].sum()))
             drafted.append(newest)
             rows_of_requests.append(active)
         else:
@@ -544,6 +549,7 @@ class Drafter:
                 self._note_chances(requests, active, newest)
         drafts: list[list[int]] = [[] for _ in requests]
         columns = pad_sequence([d.token_ids for d in drafted]).T.tolist()  # one copy to the host for all steps
+        self.further_seconds += time.perf_counter() - started
         for row, members in zip(columns, rows_of_requests, strict=True):
             for token, i in zip(row, members, strict=False):
                 drafts[i].append(token)
@@ -562,11 +568,6 @@ class Drafter:
         if not (self.sees_tokens or is_awaited):
             return [False] * len(active)
         return [token in requests[i].ends for token, i in zip(newest.token_ids.tolist(), active, strict=True)]
-
-    def _foretell(self, costs: StepCosts | None, contexts: np.ndarray) -> None:
-        """Add what a forward over one token of each request should take, `contexts [num_requests]` in its cache."""
-        if costs is not None:
-            self.foretold_seconds += float(costs.of_draft(len(contexts), contexts.sum()))
 
     def _note_chances(self, requests: list[DraftRequest], active: np.ndarray, newest: Drafted) -> np.ndarray:
         """Keep the confidences of the newest drafted tokens; the chances that these are accepted, `[num_active]`."""

@@ -60,7 +60,8 @@ class StepCosts:
     """Seconds of one forward over so many `rows` (ascending, tokens of all requests together), and more per token of
     context that all requests' attention reads in it; `target_per_row_context`: more per token of context and row beyond
     a request's first, which is nothing where attention waits for memory; `prompt`: of the drafter's with one request's
-    prompt."""
+    prompt; `first`: times as long as a further drafted token the first one takes, with all that is done for drafts of
+    any length."""
 
     rows: Sequence[int]
     target: Sequence[float]
@@ -69,13 +70,15 @@ class StepCosts:
     draft_per_context: float = 0.0
     target_per_row_context: float = 0.0
     prompt: float = 0.0
+    first: float = 1.0
 
     def faded(self, num_steps: int) -> StepCosts:
         """The price of prompts a little lower: it is not taken again while none is read."""
         return replace(self, prompt=_SLOW_FADING**num_steps * self.prompt)
 
-    def scaled(self, target: float, draft: float) -> StepCosts:
-        """Of a machine that takes so many times as long for the target's part of a step, and for the drafter's."""
+    def scaled(self, target: float, draft: float, first: float) -> StepCosts:
+        """Of a machine that takes so many times as long for the target's part of a step, and for the drafter's further
+        tokens and first ones."""
         return replace(
             self,
             target=[target * seconds for seconds in self.target],
@@ -83,6 +86,7 @@ class StepCosts:
             target_per_context=target * self.target_per_context,
             draft_per_context=draft * self.draft_per_context,
             target_per_row_context=target * self.target_per_row_context,
+            first=first / draft * self.first,
         )
 
     def of_target(self, rows: float | np.ndarray, context: float | np.ndarray = 0.0) -> Any:
@@ -120,7 +124,7 @@ def seconds_saved(costs: StepCosts, load: Load, length: int | np.ndarray, tokens
     draft; not above 0 where they don't pay. Of several lengths `[num_lengths]` it gives as many."""
     num, drafting = load.num_requests, load.num_drafting
     alone = costs.of_target(num, load.target_context)
-    step = length * costs.of_draft(drafting, load.draft_context)
+    step = (costs.first + length - 1) * costs.of_draft(drafting, load.draft_context)
     step += costs.of_target(num + drafting * length, load.target_context)
     step += costs.target_per_row_context * length * load.verified_context
     return alone / num - LEAST_GAIN * step / (num - drafting + drafting * tokens)
@@ -190,7 +194,8 @@ class Corrections:
         sizes = num_requests.bit_length(), num_drafting.bit_length()
         before, corrected = self._applied.get(sizes, (None, costs))
         if before is not costs:
-            corrected = costs.scaled(self.factor("target", num_requests), self.factor("draft", num_drafting))
+            drafter = (self.factor(part, num_drafting) for part in ("draft", "first"))
+            corrected = costs.scaled(self.factor("target", num_requests), *drafter)
             self._applied[sizes] = costs, corrected
         return corrected
 
@@ -216,7 +221,7 @@ class Corrections:
         """Go a little way back to the beginning: nothing is learned of drafting without it."""
         self._applied.clear()
         for key in self._factors:
-            if key[0] == "draft":
+            if key[0] != "target":
                 self._factors[key] **= _SLOW_FADING**num_steps
 
 
@@ -396,6 +401,7 @@ class DraftPlan:
         self.rows = len(rates) + num_others
         self.tokens = float(self.rows)  # expected from this step; each request gets one of the target's own
         self.cost = costs.of_target(self.rows, float(target_context.sum()) + others_context)
+        self._has_first = False
         self._most_rows = self.rows + len(rates) * max_length
 
     # What a forward costs by its number of rows, without contexts: it is asked for every token, if any is drafted.
@@ -411,7 +417,9 @@ class DraftPlan:
         """Count one drafted token, accepted with `chances`, for each of `requests` (indices)."""
         self.survival[requests] *= chances
         self.tokens += float(self.survival[requests].sum())
-        self.cost += self._draft[len(requests)] + self.costs.draft_per_context * self.draft_context[requests].sum()
+        drafting = self._draft[len(requests)] + self.costs.draft_per_context * self.draft_context[requests].sum()
+        self.cost += drafting if self._has_first else self.costs.first * drafting
+        self._has_first = True
         self.cost += self._target[self.rows + len(requests)] - self._target[self.rows]
         self.cost += self.costs.target_per_row_context * self.target_context[requests].sum()
         self.rows += len(requests)

@@ -228,7 +228,7 @@ class LVSpecProposer:
         scheduler_output, req_ids, states = self._step
         self._step = None
         started = time.perf_counter()
-        foretold, num_prompts = self.drafter.foretold_seconds, self.drafter.counts["prefills"]
+        before, num_prompts = self._drafting(), self.drafter.counts["prefills"]
         verified = scheduler_output.scheduled_spec_decode_tokens
         lengths = num_tokens_no_spec[: len(sampled_token_ids)].tolist()
         indices, batch = [], []
@@ -244,11 +244,18 @@ class LVSpecProposer:
         ):
             drafts[i] = draft
         self._note_prompts()
-        foretold = self.drafter.foretold_seconds - foretold
-        if foretold and self.drafter.counts["prefills"] == num_prompts:
+        first, further, seconds = (after - value for after, value in zip(self._drafting(), before, strict=True))
+        if first and self.drafter.counts["prefills"] == num_prompts:
             num_drafted = sum(map(bool, drafts))
-            self._correct("draft", num_drafted, time.perf_counter() - started, foretold)
+            self._correct("first", num_drafted, time.perf_counter() - started - seconds, first)
+            if further:
+                self._correct("draft", num_drafted, seconds, further)
         return drafts
+
+    def _drafting(self) -> tuple[float, float, float]:
+        """Seconds that first and further tokens should have taken since the start, and that further ones took."""
+        assert self.drafter is not None
+        return self.drafter.foretold_first, self.drafter.foretold_further, self.drafter.further_seconds
 
     def _request(
         self, state: CachedRequestState, token_ids: np.ndarray, sampled: list[int], num_verified: int, row: int
