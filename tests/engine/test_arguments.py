@@ -148,7 +148,7 @@ def test_the_command_line_says_what_is_wrong_in_one_line(text, words, pair, caps
     assert words in line
 
 
-def refused(match: str, target: str, **options) -> None:
+def assert_refused(match: str, target: str, **options) -> None:
     with pytest.raises(LVSpecConfigError, match=match) as caught:
         config_of(EngineArgs(model=target, **{"speculative_config": "lvspec", **options}))
     assert "\n" not in str(caught.value)
@@ -160,30 +160,32 @@ def test_a_target_without_a_known_drafter_drafts_for_itself(checkpoint):
 
 
 def test_the_targets_own_weights_can_not_be_quantised_for_drafting_alone(pair):
-    refused(
+    assert_refused(
         "draft_quantization='fp8': the drafter self has the target's weights; must be unset, or model another drafter",
         pair[0],
         speculative_config={"method": "lvspec", "model": "self", "draft_quantization": "fp8"},
     )
 
 
-def test_a_drafter_that_is_not_there_is_refused(pair):
-    refused("model='/no/such/folder': no such drafter", pair[0], speculative_config="lvspec:/no/such/folder")
+def test_a_drafter_that_is_not_there_is_assert_refused(pair):
+    assert_refused("model='/no/such/folder': no such drafter", pair[0], speculative_config="lvspec:/no/such/folder")
 
 
-def test_a_hub_name_that_can_not_be_read_is_refused(pair):
-    refused("model='nobody/nothing': the drafter can't be read", pair[0], speculative_config="lvspec:nobody/nothing")
+def test_a_hub_name_that_can_not_be_read_is_assert_refused(pair):
+    assert_refused(
+        "model='nobody/nothing': the drafter can't be read", pair[0], speculative_config="lvspec:nobody/nothing"
+    )
 
 
-def test_a_text_only_target_is_refused(checkpoint, pair):
-    refused("vision-language target.*text-only", checkpoint("text_only"), speculative_config=f"lvspec:{pair[1]}")
+def test_a_text_only_target_is_assert_refused(checkpoint, pair):
+    assert_refused("vision-language target.*text-only", checkpoint("text_only"), speculative_config=f"lvspec:{pair[1]}")
 
 
-def test_a_text_only_drafter_is_refused(checkpoint, pair):
-    refused("the drafter is text-only", pair[0], speculative_config="lvspec:" + checkpoint("text_only"))
+def test_a_text_only_drafter_is_assert_refused(checkpoint, pair):
+    assert_refused("the drafter is text-only", pair[0], speculative_config="lvspec:" + checkpoint("text_only"))
 
 
-def test_a_drafter_with_another_tokenizer_is_refused(checkpoint, pair, tmp_path):
+def test_a_drafter_with_another_tokenizer_is_assert_refused(checkpoint, pair, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     for file in Path(checkpoint("qwen2_5_vl", seed=1, vocab_size=1536)).iterdir():
@@ -191,11 +193,13 @@ def test_a_drafter_with_another_tokenizer_is_refused(checkpoint, pair, tmp_path)
         if file.suffix == ".json":
             data = data.replace(b"<|vision_pad|>", b"<|another_pad|>")
         (other / file.name).write_bytes(data)
-    refused("tokenizer is not the target's: 2 tokens differ.*_pad", pair[0], speculative_config=f"lvspec:{other}")
+    assert_refused(
+        "tokenizer is not the target's: 2 tokens differ.*_pad", pair[0], speculative_config=f"lvspec:{other}"
+    )
 
 
-def test_a_drafter_that_cuts_images_another_way_is_refused(checkpoint, pair):
-    refused("reads images another way", pair[0], speculative_config="lvspec:" + checkpoint("llava_onevision"))
+def test_a_drafter_that_cuts_images_another_way_is_assert_refused(checkpoint, pair):
+    assert_refused("reads images another way", pair[0], speculative_config="lvspec:" + checkpoint("llava_onevision"))
 
 
 @pytest.mark.parametrize(
@@ -226,16 +230,16 @@ def test_what_can_not_work_with_it_is_refused_by_name(option, match, pair):
         option = {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")}
     if option.get("ec_transfer_config"):
         option = {"ec_transfer_config": ECTransferConfig(ec_connector="ECExampleConnector", ec_role="ec_both")}
-    refused(match, pair[0], **option)
+    assert_refused(match, pair[0], **option)
 
 
-def test_a_server_that_would_not_check_requests_is_refused(pair, monkeypatch):
+def test_a_server_that_would_not_check_requests_is_assert_refused(pair, monkeypatch):
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
-    refused("VLLM_USE_RUST_FRONTEND=1: not supported.*must be 0", pair[0])
+    assert_refused("VLLM_USE_RUST_FRONTEND=1: not supported.*must be 0", pair[0])
 
 
 def test_values_of_heads_that_no_rank_has_all_of_are_refused_as_anchors(pair):
-    refused(
+    assert_refused(
         "anchor_source='value': each of 2 ranks has other heads' values; must be hidden",
         pair[0],
         speculative_config={"method": "lvspec", "anchor_source": "value"},
@@ -263,8 +267,8 @@ def int8_drafter(pair, tmp_path_factory) -> str:
         ("experts_int8", "bfloat16", "for experts alone, and this drafter has none"),
     ],
 )
-def test_a_drafter_that_can_not_be_quantised_so_is_refused(name, dtype, reason, pair):
-    refused(
+def test_a_drafter_that_can_not_be_quantised_so_is_assert_refused(name, dtype, reason, pair):
+    assert_refused(
         f"draft_quantization='{name}': vLLM can't quantise the drafter '.*draft' so on .*{reason}.*; must be left "
         "unset or be a method that quantises weights as they are loaded",
         pair[0],
@@ -273,9 +277,9 @@ def test_a_drafter_that_can_not_be_quantised_so_is_refused(name, dtype, reason, 
     )
 
 
-def test_another_method_than_the_drafters_checkpoint_has_is_refused(pair, int8_drafter):
+def test_another_method_than_the_drafters_checkpoint_has_is_assert_refused(pair, int8_drafter):
     for name in ("fp8", "nonsense"):
-        refused(
+        assert_refused(
             f"draft_quantization='{name}'.*does not match.*must be left unset or be 'compressed-tensors', as its "
             "checkpoint says",
             pair[0],
@@ -285,7 +289,7 @@ def test_another_method_than_the_drafters_checkpoint_has_is_refused(pair, int8_d
 
 
 def test_a_drafter_that_is_not_there_is_named_before_its_quantisation(pair):
-    refused(
+    assert_refused(
         "model='nobody/nothing': the drafter can't be read",
         pair[0],
         speculative_config=quantised("fp8", "nobody/nothing"),
@@ -308,9 +312,9 @@ def test_target_and_drafter_are_quantised_each_in_its_own_way(pair, int8_drafter
         assert methods == [of_target, of_drafter]
 
 
-def test_a_drafter_whose_heads_do_not_divide_is_refused(checkpoint, pair):
+def test_a_drafter_whose_heads_do_not_divide_is_assert_refused(checkpoint, pair):
     target = checkpoint("qwen2_5_vl", heads=4)
-    refused(
+    assert_refused(
         "tensor_parallel_size=4.*num_attention_heads=2.*divisor of 2",
         target,
         speculative_config=f"lvspec:{pair[1]}",

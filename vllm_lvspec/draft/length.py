@@ -176,9 +176,8 @@ class Corrections:
     def __init__(self) -> None:
         self._factors: dict[tuple[str, int], float] = {}
         self._ratios: dict[tuple[str, int], list[float]] = defaultdict(list)
-        self._applied: dict[
-            tuple[int, int], tuple[StepCosts, StepCosts]
-        ] = {}  # what `applied` was last asked, by sizes
+        # What `applied` was last asked and has answered, by sizes.
+        self._applied: dict[tuple[int, int], tuple[StepCosts, StepCosts]] = {}
 
     def factor(self, part: str, num_requests: int) -> float:
         """How many times as long as by the table that part takes in steps of so many requests, or of those next to as
