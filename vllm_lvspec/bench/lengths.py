@@ -195,11 +195,12 @@ def main(
     decoding = {name: np.array([m.decoded / m.decode_seconds for m in groups]) for name, groups in found.items()}
     throughput = {name: np.array([m.tokens / m.wall_seconds for m in groups]) for name, groups in found.items()}
     for name, groups in found.items():
-        compared = [ratios(decoding[name], decoding[WITHOUT]), ratios(throughput[name], throughput[WITHOUT])]
+        compared = [(decoding[name], decoding[WITHOUT]), (throughput[name], throughput[WITHOUT])]
         if "adaptive" in found:
-            compared.append(ratios(decoding["adaptive"], decoding[name]))
+            compared.append((decoding["adaptive"], decoding[name]))
         per_step = sum(m.decoded for m in groups) / sum(m.steps for m in groups)
-        texts = ("{:.2f} [{:.2f}, {:.2f}]".format(*figures) for figures in compared)
+        texts = ["{:.2f} [{:.2f}, {:.2f}]".format(*ratios(*pair)) for pair in compared]
+        texts += [""] * (3 - len(texts))  # adaptive drafts are not among what is compared
         table.add_row(name, *texts, f"{per_step:.2f}")
     console = Console()
     console.print(f"{policy}, {task}, batch size {batch_size}, {len(found[WITHOUT])} groups")
