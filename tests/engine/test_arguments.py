@@ -167,25 +167,25 @@ def test_the_targets_own_weights_can_not_be_quantised_for_drafting_alone(pair):
     )
 
 
-def test_a_drafter_that_is_not_there_is_assert_refused(pair):
+def test_a_drafter_that_is_not_there_is_refused(pair):
     assert_refused("model='/no/such/folder': no such drafter", pair[0], speculative_config="lvspec:/no/such/folder")
 
 
-def test_a_hub_name_that_can_not_be_read_is_assert_refused(pair):
+def test_a_hub_name_that_can_not_be_read_is_refused(pair):
     assert_refused(
         "model='nobody/nothing': the drafter can't be read", pair[0], speculative_config="lvspec:nobody/nothing"
     )
 
 
-def test_a_text_only_target_is_assert_refused(checkpoint, pair):
+def test_a_text_only_target_is_refused(checkpoint, pair):
     assert_refused("vision-language target.*text-only", checkpoint("text_only"), speculative_config=f"lvspec:{pair[1]}")
 
 
-def test_a_text_only_drafter_is_assert_refused(checkpoint, pair):
+def test_a_text_only_drafter_is_refused(checkpoint, pair):
     assert_refused("the drafter is text-only", pair[0], speculative_config="lvspec:" + checkpoint("text_only"))
 
 
-def test_a_drafter_with_another_tokenizer_is_assert_refused(checkpoint, pair, tmp_path):
+def test_a_drafter_with_another_tokenizer_is_refused(checkpoint, pair, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     for file in Path(checkpoint("qwen2_5_vl", seed=1, vocab_size=1536)).iterdir():
@@ -198,7 +198,7 @@ def test_a_drafter_with_another_tokenizer_is_assert_refused(checkpoint, pair, tm
     )
 
 
-def test_a_drafter_that_cuts_images_another_way_is_assert_refused(checkpoint, pair):
+def test_a_drafter_that_cuts_images_another_way_is_refused(checkpoint, pair):
     assert_refused("reads images another way", pair[0], speculative_config="lvspec:" + checkpoint("llava_onevision"))
 
 
@@ -233,7 +233,7 @@ def test_what_can_not_work_with_it_is_refused_by_name(option, match, pair):
     assert_refused(match, pair[0], **option)
 
 
-def test_a_server_that_would_not_check_requests_is_assert_refused(pair, monkeypatch):
+def test_a_server_that_would_not_check_requests_is_refused(pair, monkeypatch):
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     assert_refused("VLLM_USE_RUST_FRONTEND=1: not supported.*must be 0", pair[0])
 
@@ -267,7 +267,7 @@ def int8_drafter(pair, tmp_path_factory) -> str:
         ("experts_int8", "bfloat16", "for experts alone, and this drafter has none"),
     ],
 )
-def test_a_drafter_that_can_not_be_quantised_so_is_assert_refused(name, dtype, reason, pair):
+def test_a_drafter_that_can_not_be_quantised_so_is_refused(name, dtype, reason, pair):
     assert_refused(
         f"draft_quantization='{name}': vLLM can't quantise the drafter '.*draft' so on .*{reason}.*; must be left "
         "unset or be a method that quantises weights as they are loaded",
@@ -277,7 +277,7 @@ def test_a_drafter_that_can_not_be_quantised_so_is_assert_refused(name, dtype, r
     )
 
 
-def test_another_method_than_the_drafters_checkpoint_has_is_assert_refused(pair, int8_drafter):
+def test_another_method_than_the_drafters_checkpoint_has_is_refused(pair, int8_drafter):
     for name in ("fp8", "nonsense"):
         assert_refused(
             f"draft_quantization='{name}'.*does not match.*must be left unset or be 'compressed-tensors', as its "
@@ -312,7 +312,7 @@ def test_target_and_drafter_are_quantised_each_in_its_own_way(pair, int8_drafter
         assert methods == [of_target, of_drafter]
 
 
-def test_a_drafter_whose_heads_do_not_divide_is_assert_refused(checkpoint, pair):
+def test_a_drafter_whose_heads_do_not_divide_is_refused(checkpoint, pair):
     target = checkpoint("qwen2_5_vl", heads=4)
     assert_refused(
         "tensor_parallel_size=4.*num_attention_heads=2.*divisor of 2",
