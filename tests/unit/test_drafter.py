@@ -1143,14 +1143,14 @@ def test_after_short_answers_none_is_expected_to_be_long():
         drafted += [lengths[0] > 0 for lengths in run_fixed(drafter, str(number % 10), 1, 5)]
         request = make_request(str(number % 10), max_draft=10**6)
         drafter.propose([extended(request, [1, 2, 3])], 10)
-        drafter.release(request.req_id)
+        drafter.release(request.req_id, 3)
     assert drafted[0]
     assert not any(drafted[1:])
     # Answers get longer, though nobody drafts for them.
     for number in range(100):
         request = make_request(str(number % 10), max_draft=10**6)
         drafter.propose([extended(request, [1] * 150)], 10)
-        drafter.release(request.req_id)
+        drafter.release(request.req_id, 150)
     assert run_fixed(drafter, "a", 1, 5) == [[10]]
 
 
@@ -1179,3 +1179,33 @@ def test_an_image_may_bear_the_name_of_a_video_that_was_pruned():
     (draft,) = drafter.propose([image], 2)
     assert len(draft) == 2
     assert len(drafter.sequences["b"].kept) == image.num_prompt_tokens
+
+
+def test_of_what_is_preempted_no_answers_length_is_learned():
+    drafter = only_if_faster(SlotModel(max_model_len=10**6), replace(AS_DEAR_AS_A_STEP, prompt=10.0))
+    for end in (None, 3):
+        drafter.propose([make_request("a", max_draft=10**6)], 10)
+        drafter.release("a", end)
+        assert drafter.answers.tokens_left(10**6) == (10**6 if end is None else 3)
+    drafter.release("who had no drafts", 5)
+    assert drafter.answers.tokens_left(10**6) == 4
+
+
+def test_a_refusal_is_for_about_the_same_requests_and_for_some_steps():
+    drafter = only_if_faster(SlotModel(max_model_len=10**6), replace(AS_DEAR_AS_A_STEP, first=100.0))
+    few = ["a", "b"]
+    assert not drafter.rests(few)
+    assert drafter.propose([make_request(name) for name in few], 10) == [[], []]
+    assert not drafter.rests(["a"]) and not drafter.rests(["a", "c"]) and not drafter.rests(["a", "b", "c"])
+    stood = [drafter.rests(few) for _ in range(20)]
+    assert stood == [True] * 15 + [False] * 5
+    assert drafter.counts["skipped_cost"] == 2 * 16
+    drafter.refusal.num_steps = 1
+    drafter.costs = replace(drafter.costs)
+    assert not drafter.rests(few)
+
+    many = [str(number) for number in range(16)]
+    drafter.propose([make_request(name) for name in many], 10)
+    assert drafter.rests(many[1:]) and drafter.rests(many[2:]) and drafter.rests([*many[1:], "new"])
+    assert not drafter.rests(many[3:]) and not drafter.rests([*many[1:], "new", "newer"])
+    assert drafter.counts["skipped_cost"] == 2 * 16 + 16 + 15 + 14 + 16

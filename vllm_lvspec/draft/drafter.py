@@ -204,12 +204,12 @@ class Drafter:
         self.sees_tokens = model.device.type == "cpu"
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
 
-    def release(self, req_id: str) -> None:
-        """Forget a request that has finished, was aborted or preempted; unknown ones are fine."""
+    def release(self, req_id: str, num_emitted: int | None = None) -> None:
+        """Forget a request that has ended with so many tokens, or was preempted; unknown ones are fine."""
         self._drop(req_id)
-        history = self._histories.pop(req_id, None)
-        if history is not None:
-            self.answers.learn(history.num_emitted)
+        self._histories.pop(req_id, None)
+        if num_emitted:
+            self.answers.learn(num_emitted)
         self._undraftable.discard(req_id)
 
     def _drop(self, req_id: str) -> None:
@@ -222,8 +222,9 @@ class Drafter:
     def propose(self, requests: Sequence[DraftRequest], num_speculative_tokens: int) -> list[list[int]]:
         """Drafted tokens of each request, at most `num_speculative_tokens`; empty where it can't be drafted for."""
         drafts: list[list[int]] = [[] for _ in requests]
+        if not any(request.num_verified for request in requests) and self.rests([r.req_id for r in requests]):
+            return drafts
         wanted: list[tuple[int, int]] = []  # draft length at most, index of the request
-        num_known = len(self._histories)
         for i, request in enumerate(requests):
             self._roll_back(request)
             room = self.model.max_model_len - len(request.token_ids)
@@ -232,15 +233,10 @@ class Drafter:
                 self.counts["skipped_length"] += 1
                 continue
             wanted.append((length, i))
-            history = self._histories.get(request.req_id)
-            if history is None:
-                history = self._histories[request.req_id] = RequestHistory()
-            history.num_emitted = len(request.token_ids) - request.num_prompt_tokens
+            if request.req_id not in self._histories:
+                self._histories[request.req_id] = RequestHistory()
         if self.costs is not None and wanted:
             self._most_lately = max(len(wanted), _MOST_LEFT * self._most_lately)
-            if self._is_refused(len(wanted), len(self._histories) > num_known):
-                self.counts["skipped_cost"] += len(wanted)
-                return drafts
             for _, i in wanted:
                 self._judge(requests[i], num_speculative_tokens)
         wanted = [(length, i) for length, i in wanted if not requests[i].is_done]
@@ -296,7 +292,8 @@ class Drafter:
         num_steps = 1 if self.refusal is None else self.refusal.num_steps
         self.refusal = None
         if not chosen:
-            self.refusal = Refusal(self._doubt(candidates, num_steps), len(wanted))
+            names = [request.req_id for request in requests]
+            self.refusal = Refusal(self._doubt(candidates, num_steps), names)
         return [wanted[j] for j in chosen]
 
     def _joining(
@@ -339,11 +336,18 @@ class Drafter:
         costs = self._costs_now(int(load.num_requests), int(load.num_drafting))
         return float(np.max(seconds_saved(costs, load, length, tokens)))
 
-    def _is_refused(self, num_requests: int, has_newcomers: bool) -> bool:
-        """Whether the last decision, that nothing be drafted, stands for this step."""
+    def rests(self, req_ids: Sequence[str]) -> bool:
+        """Whether a step of these requests, of which nothing was verified, goes without drafts by the last decision.
+
+        Can be asked before it is known what they are, which takes longer.
+        """
         if self.refusal is None or self.costs is None or not self.only_if_faster:
             return False
-        return not has_newcomers and self.refusal.stands(self.costs, num_requests)
+        if not self.refusal.stands(self.costs, req_ids):
+            return False
+        self._most_lately = max(len(req_ids), _MOST_LEFT * self._most_lately)
+        self.counts["skipped_cost"] += len(req_ids)
+        return True
 
     def _plan(self, requests: Sequence[DraftRequest], others: Sequence[DraftRequest], max_length: int) -> DraftPlan:
         """What is known of the chances of `requests`, and what drafting for them costs in a batch with `others`."""

@@ -48,6 +48,8 @@ _FEW_STEPS = 16
 _MOST_CORRECTED = 16.0
 # So many steps a decision not to draft stands.
 _STEPS_OF_REST = 16
+# And while no more of its requests have come or gone than this share.
+_SHARE_CHANGED = 1 / 8
 # A prompt is read where so many times its price is to be saved: near the point where drafting pays, it starts and stops
 # with every correction.
 PROMPT_MARGIN = 2.0
@@ -251,21 +253,26 @@ class RunningMean:
 
 @dataclass
 class Refusal:
-    """That drafting paid for nobody of `num_requests` at these `costs`.
+    """That drafting paid for nobody of the requests `req_ids` at these `costs`.
 
-    It stands for some steps of the same requests, because to decide anew takes as long as a layer of a small model.
-    `num_steps` have gone without drafts by it.
+    It stands for some steps of about the same requests, because to decide anew takes as long as a layer of a small
+    model, and in a large batch there is often one that comes or goes. `num_steps` have gone without drafts by it.
     """
 
     costs: StepCosts
-    num_requests: int
+    req_ids: Sequence[str]
     num_steps: int = 1
 
-    def stands(self, costs: StepCosts, num_requests: int) -> bool:
-        """Whether the next step goes without drafts, too."""
-        is_over = costs is not self.costs or num_requests != self.num_requests or self.num_steps == _STEPS_OF_REST
+    def stands(self, costs: StepCosts, req_ids: Sequence[str]) -> bool:
+        """Whether the next step, of these requests, goes without drafts, too."""
+        is_over = costs is not self.costs or self.num_steps == _STEPS_OF_REST or not self._is_about(req_ids)
         self.num_steps += not is_over
         return not is_over
+
+    def _is_about(self, req_ids: Sequence[str]) -> bool:
+        if req_ids == self.req_ids:
+            return True
+        return len(set(req_ids).symmetric_difference(self.req_ids)) <= _SHARE_CHANGED * len(self.req_ids)
 
 
 class FixedChains:
@@ -311,7 +318,6 @@ class RequestHistory:
     confidences: Sequence[float] = field(default_factory=list)
     num_tokens: int = 0
     num_until_end: int | None = None  # its tokens up to the first that would end the answer
-    num_emitted: int = 0
 
     @property
     def factor(self) -> float:

@@ -199,11 +199,11 @@ class LVSpecProposer:
             self.drafter.costs = replace(costs, prompt=get_tp_group().broadcast_object(price, src=0))
             self._prompts_read = num, self.drafter.prefill_seconds
 
-    def release(self, req_id: str) -> None:
-        """Forget a request that has finished, was aborted or preempted."""
+    def release(self, req_id: str, num_emitted: int | None = None) -> None:
+        """Forget a request that has ended with so many tokens, or was preempted."""
         self._known.pop(req_id, None)
         if self.drafter is not None:
-            self.drafter.release(req_id)
+            self.drafter.release(req_id, num_emitted)
 
     def begin_step(
         self,
@@ -227,18 +227,18 @@ class LVSpecProposer:
         assert self.drafter is not None and self._step is not None
         scheduler_output, req_ids, states = self._step
         self._step = None
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        indices = [i for i, sampled in enumerate(sampled_token_ids) if sampled]
+        verified = scheduler_output.scheduled_spec_decode_tokens
+        if not verified and self.drafter.rests([req_ids[i] for i in indices]):
+            return drafts
         started = time.perf_counter()
         before, num_prompts = self._drafting(), self.drafter.counts["prefills"]
-        verified = scheduler_output.scheduled_spec_decode_tokens
         lengths = num_tokens_no_spec[: len(sampled_token_ids)].tolist()
-        indices, batch = [], []
-        for i, (req_id, sampled) in enumerate(zip(req_ids, sampled_token_ids, strict=False)):
-            if not sampled:
-                continue
-            indices.append(i)
-            token_ids = token_ids_cpu[i, : lengths[i]]
-            batch.append(self._request(states[req_id], token_ids, sampled, len(verified.get(req_id, ())), i))
-        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        batch = []
+        for i in indices:
+            token_ids, num_verified = token_ids_cpu[i, : lengths[i]], len(verified.get(req_ids[i], ()))
+            batch.append(self._request(states[req_ids[i]], token_ids, sampled_token_ids[i], num_verified, i))
         for i, draft in zip(
             indices, self.drafter.propose(batch, scheduler_output.num_spec_tokens_to_schedule), strict=True
         ):

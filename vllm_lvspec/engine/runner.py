@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.outputs import SamplerOutput
+from vllm.v1.outputs import DraftTokenIds, SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -35,6 +35,15 @@ class StepTimes:
     verify_seconds: float = 0.0
     requests: int = 0
     drafted_tokens: int = 0
+
+
+def only_decodes(scheduler_output: SchedulerOutput) -> bool:
+    """Whether nothing is prefilled in this step."""
+    drafted = scheduler_output.scheduled_spec_decode_tokens
+    scheduled = scheduler_output.num_scheduled_tokens
+    if not drafted:
+        return scheduler_output.total_num_scheduled_tokens == len(scheduled)
+    return all(count == 1 + len(drafted.get(req_id, ())) for req_id, count in scheduled.items())
 
 
 class LVSpecGPUModelRunner(GPUModelRunner):
@@ -64,7 +73,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
 
     def _on_request_state_removed(self, req_id: str, req_state: CachedRequestState | None) -> None:
         super()._on_request_state_removed(req_id, req_state)
-        self.drafter.release(req_id)
+        self.drafter.release(req_id, None if req_state is None else len(req_state.output_token_ids))
         self.verification.release(req_id)
         self.scores.release(req_id)
 
@@ -81,19 +90,29 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         # vLLM makes it in every step of an engine that speculates; of a batch where nobody has a draft it is known.
         if num_draft_tokens.any():
             return super()._calc_spec_decode_metadata(num_draft_tokens, cu_num_scheduled_tokens)
-        logits_indices = torch.from_numpy(cu_num_scheduled_tokens - 1).to(self.device, non_blocking=True)
-        if self._undrafted is None or len(self._undrafted.num_draft_tokens) != len(num_draft_tokens):
-            each = torch.arange(len(num_draft_tokens) + 1, dtype=torch.int32, device=self.device)
+        num_requests = len(num_draft_tokens)
+        if self._undrafted is None or len(self._undrafted.num_draft_tokens) != num_requests:
+            each = torch.arange(num_requests + 1, dtype=torch.int32, device=self.device)
             self._undrafted = SpecDecodeMetadata(
                 draft_token_ids=each[:0],
-                num_draft_tokens=[0] * len(num_draft_tokens),
+                num_draft_tokens=[0] * num_requests,
                 cu_num_draft_tokens=torch.zeros_like(each[:-1]),
                 cu_num_sampled_tokens=each[1:],
                 target_logits_indices=each[:0],
                 bonus_logits_indices=each[:-1],
-                logits_indices=logits_indices,
+                logits_indices=each[:-1],
             )
+        if cu_num_scheduled_tokens[-1] == num_requests:  # one token of each
+            return self._undrafted
+        logits_indices = torch.from_numpy(cu_num_scheduled_tokens - 1).to(self.device, non_blocking=True)
         return replace(self._undrafted, logits_indices=logits_indices)
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        # Of no draft at all the scheduler need not hear: it has forgotten those that it has scheduled.
+        drafts = self._draft_token_ids
+        if isinstance(drafts, list) and not any(drafts):
+            return None
+        return super().take_draft_token_ids()
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
         # In a batch where nobody has a draft, vLLM still sends all requests through its rejection sampler, which then
@@ -124,15 +143,12 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         return result
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
-        drafted = scheduler_output.scheduled_spec_decode_tokens
-        only_decodes = all(
-            count == 1 + len(drafted.get(req_id, ())) for req_id, count in scheduler_output.num_scheduled_tokens.items()
-        )
+        is_decode = only_decodes(scheduler_output)
         started = time.perf_counter()
-        if only_decodes and self._last_step is not None:
+        if is_decode and self._last_step is not None:
             self.drafter.note_step(started - self._last_step[0], *self._last_step[1:])
         self._last_step = None
-        self._step_started = started if only_decodes else None
+        self._step_started = started if is_decode else None
         self.scores.begin_step(scheduler_output)
         try:
             return super().execute_model(scheduler_output, *args, **kwargs)

@@ -62,6 +62,13 @@ class _Request:
     own: torch.Tensor
     is_known: bool | None = None
     reasons: np.ndarray = field(default_factory=lambda: np.zeros(TARGET + 1, dtype=np.int64))
+    num_alone: int = 0  # tokens of the target's own in steps where nobody had drafts, which `reasons` lacks
+
+    def counts(self) -> list[int]:
+        """Tokens by reason, in the order of `REASONS`."""
+        counts = self.reasons[1:].tolist()
+        counts[TARGET - 1] += self.num_alone
+        return counts
 
 
 @dataclass(frozen=True)
@@ -259,6 +266,9 @@ class Verification:
     def _store(self, scheduler_output: Any) -> None:
         assert self.features is not None
         batch = self.runner.input_batch
+        num = batch.num_reqs
+        if (batch.num_computed_tokens_cpu[:num] >= batch.num_prompt_tokens[:num]).all():
+            return
         table = batch.block_table[0].get_numpy_array()
         layout = self.features.layout
         rows, blocks, slots, first = [], [], [], 0
@@ -314,7 +324,7 @@ class Verification:
             torch.from_numpy(own.astype(np.int32)).to(self.runner.device),
         )  # fmt: skip
         if request is not None:  # a streaming session has gone on with a longer prompt, or asks for something else
-            new.reasons = request.reasons
+            new.reasons, new.num_alone = request.reasons, request.num_alone
             self._visual = None
         self._requests[state.req_id] = new
         return new
@@ -450,17 +460,16 @@ class Verification:
         max_model_len = self.vllm_config.model_config.max_model_len
         num_alone = 0
         for i, (req_id, tokens) in enumerate(zip(self.runner.input_batch.req_ids, emitted, strict=False)):
+            if reasons is None and len(tokens) == 1 and (known := self._requests.get(req_id)) is not None:
+                known.num_alone += 1  # in every step of every request where nothing is drafted, and never cut off
+                num_alone += 1
+                continue
             state = self.runner.requests.get(req_id)
             if not tokens or state is None or state.sampling_params is None:
                 continue
             request = self._request(state)
             before = len(state.output_token_ids) - len(tokens)
             length = min(state.sampling_params.max_tokens or max_model_len, max_model_len - state.num_prompt_tokens)
-            if reasons is None and len(tokens) == 1:  # as for all where nothing is drafted
-                if before < length:
-                    request.reasons[TARGET] += 1
-                    num_alone += 1
-                continue
             kept = min(_until_end(tokens, state.sampling_params), length - before)
             if reasons is None:
                 found = np.full(len(tokens), EXACT)
@@ -480,7 +489,7 @@ class Verification:
     def release(self, req_id: str) -> None:
         """Forget a request, but for its counts."""
         if (request := self._requests.pop(req_id, None)) is not None:
-            self.finished.append((req_id, request.reasons[1:].tolist()))
+            self.finished.append((req_id, request.counts()))
             self._visual = None
 
     def stats(self) -> dict[str, Any]:
@@ -495,7 +504,7 @@ class Verification:
     def request_reasons(self) -> dict[str, dict[str, int]]:
         """Tokens by reason of each running request, and of the last finished ones."""
         counts = dict(self.finished)
-        counts |= {req_id: request.reasons[1:].tolist() for req_id, request in self._requests.items()}
+        counts |= {req_id: request.counts() for req_id, request in self._requests.items()}
         return {req_id: dict(zip(REASONS, row, strict=True)) for req_id, row in counts.items()}
 
 
