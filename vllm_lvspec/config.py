@@ -105,6 +105,9 @@ class LVSpecConfig(BaseModel):
         description="how the drafter's weights are quantised, a name that vLLM's --quantization takes, such as fp8; by "
         "default what the drafter's checkpoint says",
     )
+    draft_hf_overrides: dict[str, Any] = Field(
+        {}, description="what is changed in the drafter's configuration, as vLLM's --hf-overrides changes the target's"
+    )
     draft_cache_gib: float | None = Field(
         None,
         gt=0,

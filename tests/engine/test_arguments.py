@@ -159,11 +159,15 @@ def test_a_target_without_a_known_drafter_drafts_for_itself(checkpoint):
     assert lvspec_config(config_of(args)).model == "self"
 
 
-def test_the_targets_own_weights_can_not_be_quantised_for_drafting_alone(pair):
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [("draft_quantization", "fp8", "weights"), ("draft_hf_overrides", {"rope_theta": 1e6}, "configuration")],
+)
+def test_the_target_can_not_be_another_one_for_drafting_alone(key, value, what, pair):
     assert_refused(
-        "draft_quantization='fp8': the drafter self has the target's weights; must be unset, or model another drafter",
+        f"{key}={value!r}: the drafter self has the target's {what}; must be unset, or model another drafter",
         pair[0],
-        speculative_config={"method": "lvspec", "model": "self", "draft_quantization": "fp8"},
+        speculative_config={"method": "lvspec", "model": "self", key: value},
     )
 
 

@@ -108,6 +108,24 @@ def test_qwen_answers_as_before_in_a_larger_shape_and_is_drafted_for(bundled_ans
         assert accepted > 10
 
 
+def test_the_drafter_drafts_the_same_in_a_larger_shape():
+    drafted = []
+    for overrides in ({}, upscaled(str(DRAFT), "0.5b")["hf_overrides"]):
+        drafting = {
+            "method": "lvspec", "policy": "strict", "model": str(DRAFT), "only_if_faster": False,
+            "draft_hf_overrides": overrides,
+        }  # fmt: skip
+        with engine(**upscaled(str(TARGET), TWICE_THE_HEAD), speculative_config=drafting) as llm:
+            describe(llm, QWEN)
+            (stats,) = llm.collective_rpc("lvspec_stats")
+            (drafter,) = llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter.model)
+            weights = multiplied_weights(drafter.model)
+            drafted.append((stats["drafted_tokens"], stats["tokens_exact"]))
+    assert weights == weights_of(TEXT_SHAPES["0.5b"])
+    assert drafted[0] == drafted[1]
+    assert drafted[0][1] > 50
+
+
 def test_llava_answers_as_before_in_a_larger_shape(checkpoint: Callable[..., str]):
     path = checkpoint("llava_onevision")
     with engine(model=path) as llm:

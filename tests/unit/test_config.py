@@ -106,6 +106,7 @@ def test_dashes_in_keys_mean_underscores_as_elsewhere_in_vllm():
         ({"model": ""}, ['model=""', "at least 1 character"]),
         ({"draft_quantization": ""}, ['draft_quantization=""', "at least 1 character", "--quantization"]),
         ({"draft_quantization": 8}, ["draft_quantization=8", "valid string"]),
+        ({"draft_hf_overrides": [1]}, ["draft_hf_overrides=[1]", "valid dictionary"]),
         ({"draft_cache_gib": 0}, ["draft_cache_gib=0", "greater than 0"]),
         ({"embedding_cache_gib": float("inf")}, ["embedding_cache_gib=Infinity", "finite"]),
     ],

@@ -39,6 +39,7 @@ def draft_model_config(target: ModelConfig, config: LVSpecConfig) -> ModelConfig
             allowed_media_domains=target.allowed_media_domains,
             dtype=target.dtype,
             quantization=config.draft_quantization,
+            hf_overrides=copy.deepcopy(config.draft_hf_overrides),
             allow_deprecated_quantization=target.allow_deprecated_quantization,
             seed=target.seed,
             enforce_eager=True,
@@ -164,6 +165,11 @@ def check_engine(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
             config.draft_quantization is None,
             f"draft_quantization={config.draft_quantization!r}: the drafter self has the target's weights; must be "
             "unset, or model another drafter",
+        )
+        _require(
+            not config.draft_hf_overrides,
+            f"draft_hf_overrides={config.draft_hf_overrides!r}: the drafter self has the target's configuration; must "
+            "be unset, or model another drafter",
         )
     else:
         _check_drafter(vllm_config, config)
