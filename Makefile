@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 OPENMP := $(CURDIR)/$(VENV)/lib/libiomp5.so
 RUN := env HF_HUB_OFFLINE=1 $$(test -e $(OPENMP) && echo LD_PRELOAD=$(OPENMP))
 
-.PHONY: help setup demo test views lint format bench pairs clean
+.PHONY: help setup demo test views lint format bench benchmarks-page pairs clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -41,6 +41,9 @@ format: setup ## Format the sources
 
 bench: setup ## Compare ways to decode on the bundled pair (under 20 minutes on two cores)
 	$(RUN) $(BIN)/lvspec bench --suite videofacts --samples 60 --seed 1 --policies ar,ngram,strict,lvspec --json build/bench.json
+
+benchmarks-page: setup ## Make docs/benchmarks.md from the runs in docs/benchmarks
+	$(BIN)/python -m vllm_lvspec.bench.page docs/benchmarks > docs/benchmarks.md
 
 PAIRS := build/pairs
 TRAIN := $(RUN) $(BIN)/python -m vllm_lvspec.reference.train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -41,6 +42,7 @@ def bench(
     json_path: Annotated[
         Path, typer.Option("--json", help="where results go; .md, .png and .answers.jsonl are written beside it")
     ],
+    title: Annotated[str | None, typer.Option(help="what the run shows, for the page of benchmarks")] = None,
     suite: Annotated[str, typer.Option(help="videofacts: generated scenes whose facts are known")] = "videofacts",
     dataset: Annotated[
         str | None, typer.Option(help="instead of a suite: a folder with videos and .jsonl files, or hf:NAME")
@@ -60,6 +62,7 @@ def bench(
     shape: Annotated[
         str | None, typer.Option(help="serve the target at the cost of this text model: 0.5b, 3b, 7b, 32b, 72b")
     ] = None,
+    draft_shape: Annotated[str | None, typer.Option(help="and the drafter at the cost of this one")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 for the bundled pairs, else vLLM's choice")] = None,
     batch_size: Annotated[int, typer.Option(help="requests running at once")] = 1,
     spec_tokens: Annotated[int, typer.Option(help="K, the tokens drafted per step")] = 10,
@@ -79,13 +82,20 @@ def bench(
     prompt_key: Annotated[str, typer.Option(help="of a dataset's lines")] = "prompt",
     engine: Annotated[str, typer.Option(help="more arguments of vLLM's engine, as JSON")] = "{}",
     restart: Annotated[bool, typer.Option(help="forget the answers of a run that was stopped")] = False,
+    side_by_side: Annotated[
+        bool, typer.Option(help="start all engines at once and ask them in turn, for machines whose speed changes")
+    ] = False,
+    repeats: Annotated[int, typer.Option(help="times that each question is asked; the one of median time counts")] = 1,
+    profile: Annotated[
+        bool, typer.Option(help="then ask some questions again, and show where the plugin's steps spend their time")
+    ] = False,
 ) -> None:
     """Compare ways to decode on the same questions: accepted length, speed, and facts kept."""
     from vllm_lvspec.bench.command import (
         BenchError,
         BenchOptions,
         parse_engine_arguments,
-        parse_seeds,
+        parse_numbers,
         parse_settings,
         run_bench,
     )
@@ -101,16 +111,18 @@ def bench(
             more["relaxation"] = relaxation
         options = BenchOptions(
             json_path=json_path,
+            title=title,
             suite=suite,
             dataset=dataset,
             samples=samples,
-            seeds=parse_seeds(seed),
+            seeds=parse_numbers("seed", seed),
             tasks=tasks.split(","),
             policies=policies.split(","),
             family=family,
             model=model,
             draft=DraftSettings(draft, spec_tokens, pruning, pruning_ratio, more),
             shape=shape,
+            draft_shape=draft_shape,
             dtype=dtype,
             batch_size=batch_size,
             max_tokens=max_tokens,
@@ -120,6 +132,9 @@ def bench(
             prompt_key=prompt_key,
             engine_arguments=parse_engine_arguments(engine),
             restart=restart,
+            side_by_side=side_by_side,
+            repeats=repeats,
+            profile=profile,
         )
         run_bench(options, console)
     except (BenchError, DatasetError, JournalError, LVSpecConfigError, PeerError) as error:
@@ -128,6 +143,63 @@ def bench(
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
         raise typer.Exit(130) from None
+
+
+@app.command(name="bench-serve")
+def bench_serve(
+    json_path: Annotated[Path, typer.Option("--json", help="where results go")],
+    title: Annotated[str | None, typer.Option(help="what the run shows, for the page of benchmarks")] = None,
+    policies: Annotated[str, typer.Option(help="servers to compare, as in bench; ar has no speculation")] = "ar,lvspec",
+    samples: Annotated[int, typer.Option(help="requests of a round: questions about so many videos")] = 16,
+    seed: Annotated[int, typer.Option(help="of the suite's scenes, 0 to 99")] = 1,
+    task: Annotated[str, typer.Option(help="kind of questions")] = "caption",
+    family: Annotated[str, typer.Option(help="bundled pair: qwen2_5_vl, llava_onevision")] = "qwen2_5_vl",
+    model: Annotated[str | None, typer.Option(help="another target: a folder or a name of the hub")] = None,
+    draft: Annotated[str | None, typer.Option(help="another drafter")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="serve the target at the cost of this text model: 0.5b, 3b, 7b, 32b, 72b")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 for the bundled pairs, else vLLM's choice")] = None,
+    spec_tokens: Annotated[int, typer.Option(help="K, the most tokens drafted per step")] = 10,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="any other setting of the plugin, key=value; repeatable")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="per answer")] = 256,
+    concurrency: Annotated[str, typer.Option(help="requests at once; several with commas between them")] = "1,8",
+    rounds: Annotated[int, typer.Option(help="times that every server has every load, in turn")] = 3,
+    server: Annotated[str, typer.Option(help="more arguments of vllm serve, as on its command line")] = "",
+) -> None:
+    """Load servers with and without speculation by vLLM's own load generator, over the OpenAI API."""
+    from vllm_lvspec.bench.command import BenchError, parse_numbers, parse_settings
+    from vllm_lvspec.bench.peers import DraftSettings, PeerError
+    from vllm_lvspec.bench.samples import DatasetError
+    from vllm_lvspec.bench.served import ServeOptions, run_served
+    from vllm_lvspec.config import LVSpecConfigError
+    from vllm_lvspec.serving import ServerError
+
+    console = Console()
+    try:
+        options = ServeOptions(
+            json_path=json_path,
+            title=title,
+            policies=policies.split(","),
+            samples=samples,
+            seed=seed,
+            task=task,
+            family=family,
+            model=model,
+            draft=DraftSettings(draft, spec_tokens, more=parse_settings(settings or [])),
+            shape=shape,
+            dtype=dtype,
+            max_tokens=max_tokens,
+            concurrency=parse_numbers("concurrency", concurrency),
+            rounds=rounds,
+            server_arguments=shlex.split(server),
+        )
+        run_served(options, console)
+    except (BenchError, DatasetError, LVSpecConfigError, PeerError, ServerError) as error:
+        console.print(str(error), style="red", highlight=False, markup=False)
+        raise typer.Exit(2) from None
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 from vllm import envs
 
-from vllm_lvspec.bench import lengths
+from vllm_lvspec.bench import lengths, overhead
 from vllm_lvspec.bench.command import BenchOptions, run_bench
 from vllm_lvspec.bench.peers import DraftSettings
 from vllm_lvspec.bench.results import json_schema
@@ -29,6 +29,7 @@ def out(tmp_path_factory):
         policies=["ar", "ngram", "strict"],
         draft=DraftSettings(num_speculative_tokens=6),
         engine_arguments={"enforce_eager": True},
+        profile=True,
     )
     run_bench(options, Console(quiet=True), ["lvspec", "bench"])
     return path
@@ -54,6 +55,21 @@ def test_the_bound_is_near_what_was_measured(out):
     strict = json.loads(out.read_text())["policies"]["strict"]
     assert 0 < strict["bound"]["draft_cost"] < 5
     assert 0.3 < strict["bound"]["speedup"] / strict["speedup"] < 5
+
+
+def test_the_profile_adds_up_to_about_what_a_step_takes(out):
+    report = json.loads(out.read_text())
+    assert report["policies"]["ar"]["profile"] is None
+    strict = report["policies"]["strict"]
+    decode, prompt = strict["profile"]["decode"], strict["profile"]["prompt"]
+    assert decode["steps"] <= strict["target_steps"] and prompt["steps"] == strict["answers"]
+    assert min(decode["seconds"].values()) >= 0
+    assert max(decode["seconds"], key=decode["seconds"].get) in ("target", "drafter: further tokens")
+    step = strict["mean_accepted_length"] / strict["tokens_per_second"]
+    assert 0.3 < sum(decode["seconds"].values()) / step < 3
+    assert prompt["seconds"]["visual encoder"] > 0 and prompt["seconds"]["drafter: videos"] > 0
+    assert "scheduler and engine" not in prompt["seconds"]
+    assert out.with_suffix(".profile.png").stat().st_size > 1000
 
 
 def test_the_file_follows_its_schema_and_stands_beside_page_and_plots(out):
@@ -113,3 +129,16 @@ def test_lengths_of_drafts_are_compared_with_vllm_without_speculation_in_one_pro
     assert steps["none"] == steps[lengths.WITHOUT] == sum(group.decoded for group in found["none"])
     assert steps["8"] < steps["4"] < steps["none"]
     assert all(group.wall_seconds > 0 and group.decode_seconds > 0 for groups in found.values() for group in groups)
+
+
+def test_what_the_plugin_adds_to_steps_is_measured_beside_vllms_own(monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    envs.disable_envs_cache()
+    found = overhead.measure("qwen2_5_vl", None, "strict", videofacts(6, 74, ("question",)), 2, drafts=False)
+    without, other = found[overhead.WITHOUT], found[overhead.WITH]
+    assert without.num_steps == other.num_steps and min(without.num_steps.values()) > 1
+    assert {"inputs", "target", "target: logits", "sampling", "scheduler and engine"} == without.seconds[
+        "decode"
+    ].keys()
+    assert {"verification", "drafter: for whom, how far"} < other.seconds["decode"].keys()
+    assert -0.5 < overhead.overhead(without, other, "decode") < 0.5

@@ -4,9 +4,11 @@ import itertools
 import json
 import os
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import jsonschema
 import numpy as np
@@ -14,23 +16,25 @@ import pytest
 import torch
 from rich.console import Console
 
-from vllm_lvspec.bench import lengths, run
+from vllm_lvspec.bench import lengths, run, served
 from vllm_lvspec.bench.command import (
     BenchError,
     BenchOptions,
     kv_cache_bytes,
     parse_engine_arguments,
-    parse_seeds,
+    parse_numbers,
     parse_settings,
     run_bench,
 )
+from vllm_lvspec.bench.page import page
 from vllm_lvspec.bench.peers import PEERS, DraftSettings, speculative_config
-from vllm_lvspec.bench.report import markdown, pareto, plot
+from vllm_lvspec.bench.report import markdown, pareto, plot, plot_profile, profile
 from vllm_lvspec.bench.results import Environment, Report, Settings, json_schema, summarise
 from vllm_lvspec.bench.run import Answer, Journal, JournalError, PolicyRun, StepTimes
 from vllm_lvspec.bench.samples import DatasetError, dataset, videofacts
 from vllm_lvspec.bench.videofacts.scene import Scene, write_mp4
 from vllm_lvspec.config import MAX_SPECULATIVE_TOKENS, LVSpecConfig
+from vllm_lvspec.reference import TARGET
 from vllm_lvspec.reference.upscale import TEXT_SHAPES
 
 ENVIRONMENT = Environment(date="2026-01-01", command="lvspec bench", versions={}, device="test", cores=2, resumed=False)
@@ -38,11 +42,11 @@ ENVIRONMENT = Environment(date="2026-01-01", command="lvspec bench", versions={}
 
 def settings_for(samples, policies, **changes) -> Settings:
     values = dict(
-        suite="videofacts", samples=len(samples), videos=len({s.video_name for s in samples}), seeds=[1],
+        title=None, suite="videofacts", samples=len(samples), videos=len({s.video_name for s in samples}), seeds=[1],
         tasks=["caption"],
-        policies=policies, model="target", draft="draft", shape=None, dtype="float32", batch_size=1,
+        policies=policies, model="target", draft="draft", shape=None, draft_shape=None, dtype="float32", batch_size=1,
         num_speculative_tokens=10, pruning="uniform", pruning_ratio=0.9, more={}, max_tokens=256, min_tokens=0,
-        num_frames=24, engine={},
+        num_frames=24, side_by_side=False, repeats=1, profile=False, engine={},
     )  # fmt: skip
     return Settings(**{**values, **changes})
 
@@ -80,6 +84,7 @@ def test_figures_are_what_they_say(report):
     assert (ar.mean_accepted_length, strict.mean_accepted_length) == (1.0, 4.0)
     assert (ar.tokens_per_second, strict.tokens_per_second) == (10.0, 20.0)
     assert (ar.speedup, strict.speedup) == (1.0, 2.0)
+    assert (strict.first_token_over_ar, strict.throughput_over_ar) == (1.0, pytest.approx(11 / 6))
     assert (strict.output_tokens, strict.target_steps) == (404, 100)
     assert strict.throughput == pytest.approx(404 / (4 * 6))
     assert ar.fact_accuracy == strict.fact_accuracy == ar.order_accuracy == 1.0
@@ -155,6 +160,7 @@ def test_the_documentation_of_the_json_is_the_schema():
 def test_markdown_and_plot_show_every_policy_and_task(report, tmp_path):
     page = markdown(report)
     assert "| strict | 4.00 [4.00, 4.00] | 2.00 [2.00, 2.00] | 2.22 | 1.000" in page
+    assert "| strict | 1.00 [1.00, 1.00] | 1.83 [1.83, 1.83] |" in page
     assert "| strict | caption | 2 | 101 |" in page
     assert "T / (1 + K c + o) = 2.22" in page
     assert "{{" not in page and "{%" not in page
@@ -162,6 +168,34 @@ def test_markdown_and_plot_show_every_policy_and_task(report, tmp_path):
         before == "" for before, line in itertools.pairwise(page.splitlines()) if line.startswith(("#", "Target"))
     )
     plot(report, tmp_path / "out.png")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_profile_is_shown_per_step_by_part(report, tmp_path):
+    assert not profile(report) and "Where time goes" not in markdown(report)
+    plot_profile(report, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+    samples = videofacts(2, 1, ["caption"])
+    seen = {
+        "decode": {"steps": 4, "seconds": {"target": 0.3, "sampling": 0.1}},
+        "prompt": {"steps": 0, "seconds": {}},
+    }
+    runs = {
+        "ar": PolicyRun([answer("ar", s.name, 11, 10, 1.0) for s in samples], None),
+        "strict": PolicyRun([answer("strict", s.name, 11, 5, 1.0) for s in samples], StepTimes(), None, seen),
+    }
+    found = summarise(runs, samples, settings_for(samples, ["ar", "strict"]), ENVIRONMENT)
+    assert found.policies["ar"].profile is None
+    assert found.policies["strict"].profile.keys() == {"decode"}
+    page = markdown(found)
+    assert "| target | 75.00 (75.0 %) |" in page and "| whole step | 100.00 |" in page
+    assert page.index("| target |") < page.index("| sampling |")
+    assert "steps with prompts" not in page
+    (table,) = profile(found)
+    assert [column.header for column in table.columns] == ["part", "strict"]
+    assert table.row_count == 3
+    plot_profile(found, tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -445,6 +479,10 @@ def test_wrong_lines_are_named(folder, line, message):
         ({"draft": DraftSettings(num_speculative_tokens=0)}, "num_speculative_tokens=0"),
         ({"engine_arguments": {"max_num_seqs": 4}}, "max_num_seqs=4: leave it out"),
         ({"shape": "1b"}, "shape='1b': must be one of 0.5b"),
+        ({"draft_shape": "1b", "shape": "7b"}, "draft_shape='1b': must be one of 0.5b"),
+        ({"draft_shape": "3b"}, "draft_shape='3b': must be left out, or go with the target's shape"),
+        ({"draft_shape": "3b", "shape": "7b", "model": str(TARGET)}, "draft_shape='3b': must go with draft"),
+        ({"repeats": 0}, "repeats=0: must be 1 or more"),
     ],
 )
 def test_wrong_options_are_named(changes, message, tmp_path):
@@ -492,11 +530,11 @@ def test_peers_may_have_settings_of_their_own():
 
 def test_settings_and_seeds_are_read_from_the_command_line():
     assert parse_settings(["guards=order", "shift_window=3"]) == {"guards": "order", "shift_window": 3}
-    assert parse_seeds("1,22") == [1, 22]
+    assert parse_numbers("seed", "1,22") == [1, 22]
     with pytest.raises(BenchError, match="set='guards': must be key=value"):
         parse_settings(["guards"])
     with pytest.raises(BenchError, match="seed='1;2': must be a number"):
-        parse_seeds("1;2")
+        parse_numbers("seed", "1;2")
 
 
 def test_every_policy_of_the_verifier_is_a_peer():
@@ -590,15 +628,167 @@ def test_of_several_times_the_fastest_counts_with_prompts_and_without():
 
 
 def test_every_way_has_its_turn_to_be_the_first():
-    turned = [lengths._turned(["a", "b", "c"], number) for number in range(4)]
+    turned = [run.turned(["a", "b", "c"], number) for number in range(4)]
     assert turned == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+
+
+class TurnEngine:
+    """Of a policy; writes down what it is asked, and takes another time for each answer."""
+
+    asked: ClassVar[list[tuple[str, str]]] = []
+
+    def __init__(self, policy):
+        self.policy = policy
+        self.times = itertools.cycle([3.0, 1.0, 2.0])
+
+
+@pytest.fixture
+def turn_engines(monkeypatch):
+    TurnEngine.asked = []
+
+    def ask(engine, policy, samples, *how):
+        for sample in samples:
+            if policy:
+                engine.asked.append((policy, sample.name))
+            yield answer(policy, sample.name, 11, 5, next(engine.times))
+
+    @contextmanager
+    def running_engine(model, config, batch_size, arguments):
+        yield TurnEngine(config["policy"] if config else "ar")
+
+    for name, fake in (("_ask", ask), ("running_engine", running_engine), ("prompt_writer", lambda llm: None)):
+        monkeypatch.setattr(run, name, fake)
+    monkeypatch.setattr(run, "_counters", lambda llm: None)
+
+
+def run_on_fakes(tmp_path, samples, batch_size=2, **how) -> dict[str, PolicyRun]:
+    journal = Journal(tmp_path / "out.partial", {})
+    return run.run_policies(["ar", "strict"], samples, "target", DraftSettings("draft"), batch_size, 8, 0, {}, journal,
+                            **how)  # fmt: skip
+
+
+def test_side_by_side_all_are_asked_in_turn(turn_engines, tmp_path):
+    samples = videofacts(5, 1, ["choice"])
+    a, b, c, d, e = (sample.name for sample in samples)
+    found = run_on_fakes(tmp_path, samples, side_by_side=True)
+    assert [[answer.sample for answer in policy.answers] for policy in found.values()] == [[a, b, c, d, e]] * 2
+    turns = [("ar", [a, b]), ("strict", [a, b]), ("strict", [c, d]), ("ar", [c, d]), ("ar", [e]), ("strict", [e])]
+    assert TurnEngine.asked == [(policy, name) for policy, names in turns for name in names]
+
+
+def test_one_after_another_each_is_asked_everything(turn_engines, tmp_path):
+    samples = videofacts(3, 1, ["choice"])
+    run_on_fakes(tmp_path, samples)
+    assert [policy for policy, _ in TurnEngine.asked] == ["ar"] * 3 + ["strict"] * 3
+
+
+def test_of_several_answers_the_one_of_median_time_counts(turn_engines, tmp_path):
+    samples = videofacts(1, 1, ["choice"])
+    found = run_on_fakes(tmp_path, samples, repeats=3, batch_size=3)
+    assert len(TurnEngine.asked) == 6
+    assert [policy.answers[0].last_token_seconds for policy in found.values()] == [2.5, 2.5]
 
 
 def test_a_group_is_measured_from_its_first_request_to_its_last_token(monkeypatch):
     engine = StepEngine()
     engine.has_unfinished_requests = lambda: bool(engine.steps_left)
-    measured = lengths._answer(engine, ["a", "b"], [{}, {}])
+    measured = lengths.answer(engine, ["a", "b"], [{}, {}])
     # Each reports two tokens in the first of its two steps already: none comes after it.
     assert (measured.tokens, measured.decoded, measured.steps) == (4, 0, 2)
     assert measured.wall_seconds == pytest.approx(0.04, abs=0.03)
     assert measured.decode_seconds == pytest.approx(2 * 0.02, abs=0.03)
+
+
+def loaded(ttfts, itls, texts, throughput, errors=()) -> dict:
+    """What vLLM's load generator writes about a round, as far as it is read."""
+    errors = [*errors, *[""] * (len(ttfts) - len(errors))]
+    lengths = [1 + len(gaps) if not error else 0 for gaps, error in zip(itls, errors, strict=True)]
+    return {
+        "ttfts": ttfts, "itls": itls, "output_lens": lengths, "generated_texts": texts, "errors": errors,
+        "output_throughput": throughput, "completed": sum(not e for e in errors), "failed": sum(map(bool, errors)),
+        "total_output_tokens": sum(lengths),
+    }  # fmt: skip
+
+
+def test_servers_are_compared_request_by_request(report):
+    samples = videofacts(2, 1, ["caption"])
+    texts = [_true_answer(Scene.from_seed(int(s.video_name)), s) for s in samples]
+    ar = loaded([0.2, 0.4], [[0.1] * 10, [0.3] * 20], texts, 10.0)
+    fast = loaded([0.3, 0.6], [[0.05] * 10, [0.1] * 20], texts, 25.0)
+    found = served._compare({"ar": [ar, ar], "lvspec": [fast, fast]}, samples)
+    lvspec = found["lvspec"]
+    assert (found["ar"].speedup, found["ar"].throughput_over_ar, found["ar"].facts) == (1.0, 1.0, 1.0)
+    assert lvspec.speedup == pytest.approx(2.5)  # twice and three times as fast
+    assert lvspec.intervals["speedup"] == (pytest.approx(2), pytest.approx(3))
+    assert lvspec.first_token_over_ar == pytest.approx(1.5)
+    assert lvspec.throughput_over_ar == pytest.approx(2.5)
+    assert lvspec.token_seconds == pytest.approx(0.075)
+    assert (lvspec.requests, lvspec.failed, lvspec.output_tokens) == (4, 0, 64)
+
+
+def test_requests_that_failed_are_counted_and_have_no_speed():
+    samples = videofacts(2, 1, ["choice"])
+    ar = loaded([0.2, 0.4], [[0.1] * 10, [0.3] * 20], ["", ""], 10.0)
+    broken = loaded([0.2, 0.0], [[0.1] * 10, []], ["", ""], 5.0, ["", "no connection"])
+    found = served._compare({"ar": [ar], "strict": [broken]}, samples)["strict"]
+    assert (found.requests, found.failed) == (1, 1)
+    assert found.speedup == pytest.approx(1.0) and found.intervals["speedup"] == (1.0, 1.0)
+    alone = served._compare({"strict": [broken]}, samples)["strict"]
+    assert alone.speedup is alone.throughput_over_ar is alone.first_token_over_ar is None and not alone.intervals
+
+
+def test_servers_whose_answers_have_one_token_are_compared_but_for_decoding():
+    samples = videofacts(2, 1, ["choice"])
+    one = loaded([0.2, 0.4], [[], []], ["A", "B"], 10.0)
+    found = served._compare({"ar": [one], "strict": [one]}, samples)["strict"]
+    assert found.speedup is found.token_seconds is None
+    assert found.first_token_over_ar == found.throughput_over_ar == 1.0
+
+
+def test_every_figure_of_servers_is_explained():
+    schema = served.ServedReport.model_json_schema()
+    for name, model in schema["$defs"].items():
+        assert all("description" in value for value in model["properties"].values()), name
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"policies": ["ar", "ar"]}, "policies='ar,ar': must name one or more, each once"),
+        ({"concurrency": [0]}, "concurrency='0': must be one or more, each 1 or more"),
+        ({"rounds": 0}, "rounds=0: must be 1 or more"),
+        ({"shape": "1b"}, "shape='1b': must be one of 0.5b"),
+        ({"family": "llava"}, "family='llava': must be one of qwen2_5_vl"),
+        ({"json_path": Path("x.txt")}, "json='x.txt': must end in .json"),
+        ({"model": "/nowhere"}, "model='/nowhere': must be a model's folder"),
+    ],
+)
+def test_servers_are_not_started_with_wrong_options(options, said):
+    with pytest.raises(BenchError, match=said):
+        served.run_served(served.ServeOptions(**{"json_path": Path("x.json"), **options}), Console(quiet=True))
+
+
+def test_the_page_of_benchmarks_is_made_from_their_files(report, tmp_path):
+    report.settings.title = "Captions, one at a time"
+    (tmp_path / "1-captions.json").write_text(report.model_dump_json())
+    samples = videofacts(1, 1, ["caption"])
+    ar, fast = loaded([0.2], [[0.1] * 10], [""], 10.0), loaded([0.2], [[0.05] * 10], [""], 15.0)
+    settings = served.ServedSettings(
+        title=None, model="target", draft=None, shape="0.5b", dtype="float32", policies=["ar", "lvspec"], samples=1,
+        seed=1, task="caption", max_tokens=256, concurrency=[4], rounds=1, server=[],
+    )  # fmt: skip
+    loads = {4: served._compare({"ar": [ar], "lvspec": [fast]}, samples)}
+    under_load = served.ServedReport(environment=ENVIRONMENT, settings=settings, loads=loads)
+    (tmp_path / "2-servers.json").write_text(under_load.model_dump_json())
+    text = page(tmp_path)
+    assert "## Captions, one at a time" in text and "## 2-servers" in text
+    assert "| strict | 4.00 [4.00, 4.00] | 2.00 [2.00, 2.00] | 0.90 of 2.22 | 1.00 [1.00, 1.00] |" in text
+    assert "| 4 | lvspec | 1.50 [1.50, 1.50] | 1.00 [1.00, 1.00] | 2.00 [2.00, 2.00] | 0.000 |" in text
+    lines = text.splitlines()
+    for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
+        assert not (before.startswith("|") and not line and after.startswith("|")), "a table that falls apart"
+
+
+def test_the_published_page_is_what_its_files_say():
+    docs = Path(__file__).parents[2] / "docs"
+    assert (docs / "benchmarks.md").read_text() == page(docs / "benchmarks")

@@ -9,7 +9,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +21,7 @@ from rich.table import Table
 from transformers import AutoConfig, PretrainedConfig
 
 from vllm_lvspec.bench.peers import DraftSettings, setting, speculative_config
-from vllm_lvspec.bench.report import markdown, pareto, plot
+from vllm_lvspec.bench.report import markdown, pareto, plot, plot_profile, profile
 from vllm_lvspec.bench.results import Environment, Report, Settings, summarise
 from vllm_lvspec.bench.run import Journal, PolicyRun, run_policies
 from vllm_lvspec.bench.samples import Sample, dataset, videofacts
@@ -46,6 +46,7 @@ class BenchOptions:
     """What to run. None: what fits the suite and the model."""
 
     json_path: Path
+    title: str | None = None
     suite: str = VIDEOFACTS
     dataset: str | None = None
     samples: int | None = None
@@ -56,6 +57,7 @@ class BenchOptions:
     model: str | None = None
     draft: DraftSettings = field(default_factory=DraftSettings)
     shape: str | None = None
+    draft_shape: str | None = None
     dtype: str | None = None
     batch_size: int = 1
     max_tokens: int = 256
@@ -65,6 +67,9 @@ class BenchOptions:
     prompt_key: str = "prompt"
     engine_arguments: dict[str, Any] = field(default_factory=dict)
     restart: bool = False
+    side_by_side: bool = False
+    repeats: int = 1
+    profile: bool = False
 
 
 def run_bench(options: BenchOptions, console: Console, command: Sequence[str] = ()) -> Report:
@@ -75,12 +80,14 @@ def run_bench(options: BenchOptions, console: Console, command: Sequence[str] = 
     model = str(pair.target) if options.model is None else options.model
     draft = options.draft
     if is_reference and draft.model is None:
-        draft = DraftSettings(**{**vars(draft), "model": str(pair.draft)})
-    _check_models(model, draft.model)
+        draft = replace(draft, model=str(pair.draft))
+    check_models(model, draft.model)
+    draft = _shaped(draft, options)
     num_frames = options.num_frames or (pair.num_frames if is_reference else 32)
     samples = _samples(options, num_frames)
     engine = _engine_arguments(model, num_frames, options)
     settings = Settings(
+        title=options.title,
         suite=options.dataset or options.suite,
         samples=len(samples),
         videos=len({s.video_name for s in samples}),
@@ -90,32 +97,36 @@ def run_bench(options: BenchOptions, console: Console, command: Sequence[str] = 
         model=model if options.model else f"{options.family}/target",
         draft=draft.model if options.draft.model or not is_reference else f"{options.family}/draft",
         shape=options.shape,
+        draft_shape=options.draft_shape,
         dtype=str(engine["dtype"]),
         batch_size=options.batch_size,
         num_speculative_tokens=draft.num_speculative_tokens,
         pruning=draft.pruning,
         pruning_ratio=draft.pruning_ratio,
-        more=draft.more,
+        more=options.draft.more,
         max_tokens=options.max_tokens,
         min_tokens=options.min_tokens,
         num_frames=num_frames,
+        side_by_side=options.side_by_side,
+        repeats=options.repeats,
+        profile=options.profile,
         engine=engine,
     )
     options.json_path.parent.mkdir(parents=True, exist_ok=True)
     partial = options.json_path.with_suffix(".partial")
     if options.restart:
         partial.unlink(missing_ok=True)
-    environment = _environment(command)
+    here = environment(command)
     # Policies are apart in the journal, so that one can be added to a run that was stopped.
     questions = repr([(s.name, s.question, s.version) for s in samples])
     compared = {
-        **settings.model_dump(mode="json", exclude={"policies"}),
-        "versions": environment.versions,
+        **settings.model_dump(mode="json", exclude={"policies", "title"}),
+        "versions": here.versions,
         "weights": _dates(model) + (_dates(draft.model) if draft.model else []),
         "questions": hashlib.sha256(questions.encode()).hexdigest()[:16],
     }
     journal = Journal(partial, compared)
-    environment.resumed = journal.resumed
+    here.resumed = journal.resumed
     with _progress(console) as progress:
         bars = {p: progress.add_task(p, total=len(samples), state="waits") for p in options.policies}
         runs = run_policies(
@@ -130,19 +141,37 @@ def run_bench(options: BenchOptions, console: Console, command: Sequence[str] = 
             journal,
             on_start=lambda p: progress.update(bars[p], state="engine starts"),
             on_answer=lambda p: progress.update(bars[p], advance=1, state=""),
+            side_by_side=options.side_by_side,
+            repeats=options.repeats,
+            with_profile=options.profile,
         )
-    report = summarise(runs, samples, settings, environment)
+    report = summarise(runs, samples, settings, here)
     options.json_path.write_text(report.model_dump_json(indent=1) + "\n")
     options.json_path.with_suffix(".md").write_text(markdown(report))
     plot(report, options.json_path.with_suffix(".png"))
     pareto(report, options.json_path.with_suffix(".pareto.png"))
+    plot_profile(report, options.json_path.with_suffix(".profile.png"))
     _write_answers(options.json_path.with_suffix(".answers.jsonl"), samples, runs)
     partial.unlink()
-    console.print(_table(report))
-    suffixes = (".json", ".md", ".png", ".pareto.png", ".answers.jsonl")
+    console.print(_table(report), *profile(report), sep="\n")
+    suffixes = (".json", ".md", ".png", ".pareto.png", ".profile.png", ".answers.jsonl")
     written = (path for path in map(options.json_path.with_suffix, suffixes) if path.exists())
     console.print(f"written: {', '.join(map(str, written))}")
     return report
+
+
+def _shaped(draft: DraftSettings, options: BenchOptions) -> DraftSettings:
+    """With the drafter in a larger shape, too, where one is asked for."""
+    if options.draft_shape is None:
+        return draft
+    if options.draft_shape not in TEXT_SHAPES:
+        raise BenchError(f"draft_shape={options.draft_shape!r}: must be one of {', '.join(TEXT_SHAPES)}")
+    if options.shape is None:
+        raise BenchError(f"draft_shape={options.draft_shape!r}: must be left out, or go with the target's shape")
+    if draft.model is None:
+        raise BenchError(f"draft_shape={options.draft_shape!r}: must go with draft, the model that has that shape")
+    overrides = upscaled(draft.model, options.draft_shape)["hf_overrides"]
+    return replace(draft, more={**draft.more, "draft_hf_overrides": overrides})
 
 
 def _engine_arguments(model: str, num_frames: int, options: BenchOptions) -> dict[str, Any]:
@@ -215,13 +244,13 @@ def _check(options: BenchOptions) -> None:
     for key, option in said_by.items():
         if key in options.engine_arguments:
             raise BenchError(f"engine: {key}={options.engine_arguments[key]!r}: leave it out; {option} says it")
-    for key in ("batch_size", "max_tokens", "num_frames", "samples"):
+    for key in ("batch_size", "max_tokens", "num_frames", "samples", "repeats"):
         value = getattr(options, key)
         if value is not None and value < 1:
             raise BenchError(f"{key}={value}: must be 1 or more")
 
 
-def _check_models(model: str, draft: str | None) -> None:
+def check_models(model: str, draft: str | None) -> None:
     """Raises BenchError where target or drafter can't be found."""
     for key, name in (("model", model), ("draft", draft)):
         try:
@@ -248,7 +277,8 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-def _environment(command: Sequence[str]) -> Environment:
+def environment(command: Sequence[str]) -> Environment:
+    """This machine, now."""
     import torch
 
     versions = {"python": platform.python_version()}
@@ -321,12 +351,12 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def parse_seeds(text: str) -> list[int]:
-    """Whole numbers between commas; raises BenchError where one is none."""
+def parse_numbers(key: str, text: str) -> list[int]:
+    """Whole numbers between commas, of the option `key`; raises BenchError where one is none."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise BenchError(f"seed={text!r}: must be a number, or several with commas between them") from None
+        raise BenchError(f"{key}={text!r}: must be a number, or several with commas between them") from None
 
 
 def parse_engine_arguments(text: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_lvspec.bench.run import prompt_writer, running_engine
+from vllm_lvspec.bench.run import prompt_writer, running_engine, turned
 from vllm_lvspec.bench.samples import Sample, videofacts
 from vllm_lvspec.config import METHOD
 from vllm_lvspec.reference import PAIRS
@@ -75,7 +75,8 @@ def ratios(speeds: np.ndarray, others: np.ndarray) -> tuple[float, float, float]
     return float(np.exp(logs.mean())), float(low), float(high)
 
 
-def _answer(core: Any, names: Sequence[str], inputs: Sequence[dict[str, Any]]) -> Measured:
+def answer(core: Any, names: Sequence[str], inputs: Sequence[dict[str, Any]]) -> Measured:
+    """Ask the engine `core` all `inputs` at once, by these `names`; greedy."""
     from vllm import SamplingParams
 
     started = time.perf_counter()
@@ -98,11 +99,6 @@ def _answer(core: Any, names: Sequence[str], inputs: Sequence[dict[str, Any]]) -
         sum(last[name][1] - first[name][1] for name in last),
         reports - len(last),
     )
-
-
-def _turned(names: Sequence[str], number: int) -> list[str]:
-    first = number % len(names)
-    return [*names[first:], *names[:first]]
 
 
 def measure(
@@ -144,25 +140,25 @@ def measure(
         running_engine(model, config, batch_size, arguments) as llm,
     ):
         (drafter,) = llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter)
-        propose, length = drafter.propose, 0
+        propose, rests, length = drafter.propose, drafter.rests, 0
 
         def propose_as_far(requests: Sequence[Any], most: int) -> list[list[int]]:
             return propose(requests, min(most, length)) if length else [[] for _ in requests]
 
-        drafter.propose = propose_as_far
+        drafter.propose, drafter.rests = propose_as_far, lambda req_ids: not length or rests(req_ids)
         write = prompt_writer(llm)
         for number, group in enumerate(groups):
             inputs = [write(sample) for sample in group]
             is_measured = number >= warm_up
             asked = names if is_measured or number == 0 else ["adaptive"]
             answered: dict[str, list[Measured]] = defaultdict(list)
-            for turn, name in itertools.product(range(repeats), _turned(asked, number)):
+            for turn, name in itertools.product(range(repeats), turned(asked, number)):
                 engine = without if name == WITHOUT else llm
                 if name in compared:
                     length, drafter.is_adaptive, drafter.only_if_faster = compared[name]
                     drafter.refusal = None  # it was another way's
                 requests = [f"{number}-{name}-{turn}-{sample.name}" for sample in group]
-                answered[name].append(_answer(engine.llm_engine, requests, inputs))
+                answered[name].append(answer(engine.llm_engine, requests, inputs))
             if is_measured:
                 for name, measured in answered.items():
                     found[name].append(fastest(measured))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
+from rich.table import Table
 
 from vllm_lvspec.bench.results import Figures, PolicyResult, Report
 
@@ -15,7 +17,8 @@ _TEMPLATE = """\
 
 
 Target `{{ settings.model }}`{% if settings.shape %} in the shape {{ settings.shape }}{% endif %}, drafter \
-`{{ settings.draft or "the plugin's choice" }}`, K = {{ settings.num_speculative_tokens }}, \
+`{{ settings.draft or "the plugin's choice" }}`{% if settings.draft_shape %} in the shape {{ settings.draft_shape }}\
+{% endif %}, K = {{ settings.num_speculative_tokens }}, \
 {{ settings.pruning }} pruning of {{ "%.0f" | format(100 * settings.pruning_ratio) }} %, {{ settings.dtype }}, \
 batch size {{ settings.batch_size }}, greedy, {{ settings.num_frames }} frames. \
 {{ environment.device }}, {{ environment.cores }} cores, \
@@ -32,6 +35,14 @@ batch size {{ settings.batch_size }}, greedy, {{ settings.num_frames }} frames. 
 {{ "%.2f" | format(p.bound.speedup) if p.bound else "–" }} | {{ figure(p, "fact_accuracy", 3) }} | \
 {{ figure(p, "order_accuracy", 3) }} | {{ figure(p, "retention", 3) }} | \
 {{ "%.3f" | format(p.same_answers) if p.same_answers is not none else "–" }} |
+{% endfor %}
+
+## With prompts
+
+| policy | time to first token over ar | throughput over ar |
+|---|---|---|
+{% for name, p in policies.items() -%}
+| {{ name }} | {{ figure(p, "first_token_over_ar", 2) }} | {{ figure(p, "throughput_over_ar", 2) }} |
 {% endfor %}
 
 ## By task
@@ -105,6 +116,7 @@ Share of the statements that begin there that are true (and their number), in st
 {% endfor %}
 
 {% endif %}
+{{ profile_tables }}
 {% for name, p in policies.items() if p.bound -%}
 {{ name }}: one drafted token costs {{ "%.3f" | format(p.bound.draft_cost) }} of a target step (c), verification adds \
 {{ "%.3f" | format(p.bound.verify_overhead) }} (o), of which {{ "%.2f" | format(100 * p.bound.verify_share) }} % of a \
@@ -112,8 +124,29 @@ step is this package's own; T / (1 + K c + o) = {{ "%.2f" | format(p.bound.speed
 {% endfor %}
 """
 
+_PROFILE = """\
+{% for kind, parts in profiles.items() -%}
+{{ heading }} Where time goes in {{ kinds_of_steps[kind] }}
+
+Milliseconds per step, and percent of the step.
+
+| part |{% for name in profiled %} {{ name }} |{% endfor %}
+
+|---|{% for name in profiled %}---|{% endfor %}
+
+{% for part in parts -%}
+| {{ part }} |{% for p in profiled.values() %} {{ part_of_step(p, kind, part) }} |{% endfor %}
+
+{% endfor %}
+| whole step |{% for p in profiled.values() %} {{ part_of_step(p, kind) }} |{% endfor %}
+
+
+{% endfor %}
+"""
+
 
 _MARKERS = "os^vD<>PXp*h"
+_KINDS_OF_STEPS = {"decode": "steps without prompts", "prompt": "steps with prompts"}
 
 
 def markdown(report: Report) -> str:
@@ -127,15 +160,17 @@ def markdown(report: Report) -> str:
         kinds=kinds,
         has_facts=bool(kinds),
         drafters={name: p for name, p in report.policies.items() if p.draft_prefill_seconds is not None},
-        figure=_figure,
+        figure=figure,
         share=_recall_and_precision,
         places=sorted({s.begin for p in report.policies.values() for s in p.stretches}),
         stretch=_true_share,
+        profile_tables=profile_markdown(report),
     )
     return page.rstrip() + "\n"
 
 
-def _figure(figures: Figures, name: str, digits: int) -> str:
+def figure(figures: Figures, name: str, digits: int) -> str:
+    """A figure with its interval, or a dash where there is none."""
     value = getattr(figures, name)
     if value is None:
         return "–"
@@ -155,6 +190,85 @@ def _true_share(policy: PolicyResult, begin: int) -> str:
     if not found or found[0].precision is None:
         return "–"
     return f"{found[0].precision:.3f} ({found[0].right + found[0].wrong})"
+
+
+def profile_markdown(report: Report, heading: str = "##") -> str:
+    """Where time goes in steps, a table for each kind of them; nothing where nobody asked for it."""
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)
+    return environment.from_string(_PROFILE).render(
+        heading=heading,
+        profiled={name: p for name, p in report.policies.items() if p.profile},
+        profiles={kind: parts for kind in _KINDS_OF_STEPS if (parts := _parts(report, kind))},
+        kinds_of_steps=_KINDS_OF_STEPS,
+        part_of_step=_part_of_step,
+    )
+
+
+def _parts(report: Report, kind: str) -> list[str]:
+    """Parts of steps of this kind, those that take most first."""
+    seconds: Counter[str] = Counter()
+    for p in report.policies.values():
+        if p.profile and kind in p.profile:
+            seconds.update(p.profile[kind].seconds)
+    return [part for part, _ in seconds.most_common()]
+
+
+def _part_of_step(policy: PolicyResult, kind: str, part: str | None = None) -> str:
+    """Of a part, or of whole steps: milliseconds, and percent of the step."""
+    if not policy.profile or kind not in policy.profile:
+        return "–"
+    seconds = policy.profile[kind].seconds
+    whole = sum(seconds.values())
+    if part is None:
+        return f"{1000 * whole:.2f}"
+    return f"{1000 * seconds.get(part, 0.0):.2f} ({100 * seconds.get(part, 0.0) / whole:.1f} %)"
+
+
+def profile(report: Report) -> list[Table]:
+    """Where time goes in steps, a table for each kind of them, to be printed; none where nobody asked for it."""
+    tables = []
+    for kind, title in _KINDS_OF_STEPS.items():
+        policies = {name: p for name, p in report.policies.items() if p.profile and kind in p.profile}
+        if not policies:
+            continue
+        table = Table("part", *policies, title=f"{title}: ms per step, percent of it")
+        for part in [*_parts(report, kind), None]:
+            shown = (_part_of_step(p, kind, part) for p in policies.values())
+            table.add_row(part or "whole step", *shown, end_section=part is None)
+        tables.append(table)
+    return tables
+
+
+def plot_profile(report: Report, path: Path) -> None:
+    """Milliseconds per step by part, a panel for each kind of step, as a PNG; none where nobody asked for it."""
+    kinds = [kind for kind in _KINDS_OF_STEPS if _parts(report, kind)]
+    if not kinds:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [name for name, p in report.policies.items() if p.profile]
+    parts = list(dict.fromkeys(part for kind in kinds for part in _parts(report, kind)))
+    colours = dict(zip(parts, (pyplot.get_cmap("tab20")(i) for i in range(20)), strict=False))
+    figure, axes = pyplot.subplots(
+        len(kinds), 1, figsize=(9, 1.6 + len(kinds) * (0.9 + 0.35 * len(names))), layout="constrained", squeeze=False
+    )
+    for axis, kind in zip(axes[:, 0], kinds, strict=True):
+        before = [0.0] * len(names)
+        for part in parts:
+            seen = [(report.policies[name].profile or {}).get(kind) for name in names]
+            widths = [1000 * profile.seconds.get(part, 0.0) if profile else 0.0 for profile in seen]
+            axis.barh(names, widths, left=before, color=colours[part], label=part)
+            before = [b + w for b, w in zip(before, widths, strict=True)]
+        axis.invert_yaxis()
+        axis.set_title(_KINDS_OF_STEPS[kind], fontsize="small")
+        axis.set_xlabel("ms per step", fontsize="small")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="x-small")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def pareto(report: Report, path: Path) -> None:

@@ -63,6 +63,13 @@ class Figures(_Model):
     retention: float | None = Field(description="fact_accuracy over that of ar in the same run; null without either")
     same_answers: float | None = Field(description="share of answers with the same tokens as ar's; null without ar")
     speedup: float | None = Field(description="tokens_per_second over that of ar in the same run; null without ar")
+    first_token_over_ar: float | None = Field(
+        description="first_token_seconds over that of ar in the same run; null without ar"
+    )
+    throughput_over_ar: float | None = Field(
+        description="tokens of all answers, first ones included, per second of wall clock over that of ar in the same "
+        "run; null without ar"
+    )
     intervals: dict[str, Interval] = Field(description="95 % bootstrap intervals, by name of the figure")
 
 
@@ -92,6 +99,16 @@ class Bound(_Model):
         "it; by the host's clock"
     )
     speedup: float = Field(description="T / (1 + K c + o), T being mean_accepted_length, K drafted_length")
+
+
+class Profile(_Model):
+    """Where steps spend their time, in the first rank's worker."""
+
+    steps: int = Field(description="that were looked at, over some questions that were asked again")
+    seconds: dict[str, float] = Field(
+        description="of each part, per step; what is between two steps of a kind is the part `scheduler and engine`. "
+        "On GPUs the device is waited for between parts"
+    )
 
 
 class PolicyResult(Figures):
@@ -128,6 +145,10 @@ class PolicyResult(Figures):
         description="the target's seconds per answer for scores of visual tokens, where the strategy asks for them; by "
         "the host's clock; null for peers that are not ours"
     )
+    profile: dict[str, Profile] | None = Field(
+        description="by kind of step: decode, in which nothing is prefilled, and prompt; null where none was asked "
+        "for, and for peers that are not ours"
+    )
     bound: Bound | None = Field(description="null at batch sizes above 1, without ar, and for peers that are not ours")
 
 
@@ -145,6 +166,7 @@ class Environment(_Model):
 class Settings(_Model):
     """What was asked for."""
 
+    title: str | None = Field(description="what the run shows")
     suite: str = Field(description="videofacts, or the dataset's name")
     samples: int = Field(description="number of questions")
     videos: int = Field(description="number of videos")
@@ -154,6 +176,7 @@ class Settings(_Model):
     model: str = Field(description="target")
     draft: str | None = Field(description="drafter; null: the plugin's choice")
     shape: str | None = Field(description="larger shape at whose cost the target was served")
+    draft_shape: str | None = Field(description="larger shape at whose cost the drafter ran")
     dtype: str = Field(description="weights and activations")
     batch_size: int = Field(description="requests running at once")
     num_speculative_tokens: int = Field(description="K")
@@ -163,6 +186,12 @@ class Settings(_Model):
     max_tokens: int = Field(description="per answer")
     min_tokens: int = Field(description="per answer")
     num_frames: int = Field(description="frames of a video")
+    side_by_side: bool = Field(
+        description="whether all policies were asked in turn, group of questions by group, rather than one after "
+        "another"
+    )
+    repeats: int = Field(description="answers to each question by each policy, of which the one of median time counts")
+    profile: bool = Field(description="whether some questions were asked again to see where steps spend their time")
     engine: dict[str, Any] = Field(description="arguments of vLLM's engine")
 
 
@@ -187,6 +216,10 @@ class _Sums:
         self.tokens = by_video([max(len(a.token_ids) - 1, 0) for a in answers])
         self.steps = by_video([a.steps for a in answers])
         self.seconds = by_video([a.last_token_seconds - a.first_token_seconds for a in answers])
+        self.answers = by_video([1.0 for _ in answers])
+        self.first_token_seconds = by_video([a.first_token_seconds for a in answers])
+        self.all_tokens = by_video([len(a.token_ids) for a in answers])
+        self.wall_seconds = by_video([a.wall_seconds for a in answers])
         self.accuracy = by_video([0.0 if s is None else s.accuracy for s in scores])
         self.scored = by_video([float(s is not None) for s in scores])
         self.in_order = by_video([float(bool(s and s.order_right)) for s in scores])
@@ -231,6 +264,15 @@ def figures(answers: Sequence[Answer], samples: Sequence[Sample], baseline: Sequ
     def speed(sums: _Sums, rows: np.ndarray) -> np.ndarray:
         return _ratio(total(sums.tokens, rows), total(sums.seconds, rows))
 
+    def throughput(sums: _Sums, rows: np.ndarray) -> np.ndarray:
+        return _ratio(total(sums.all_tokens, rows), total(sums.wall_seconds, rows))
+
+    def first_token(sums: _Sums, rows: np.ndarray) -> np.ndarray:
+        return _ratio(total(sums.first_token_seconds, rows), total(sums.answers, rows))
+
+    def compared(name: str, compute: Callable[[_Sums, np.ndarray], np.ndarray]) -> float | None:
+        return None if base is None else estimate(name, lambda r: _ratio(compute(own, r), compute(base, r)))
+
     return Figures(
         answers=len(answers),
         output_tokens=sum(len(a.token_ids) for a in answers),
@@ -243,11 +285,11 @@ def figures(answers: Sequence[Answer], samples: Sequence[Sample], baseline: Sequ
         first_token_seconds=_mean([a.first_token_seconds for a in answers]),
         fact_accuracy=estimate("fact_accuracy", lambda r: accuracy(own, r)),
         order_accuracy=estimate("order_accuracy", lambda r: _ratio(total(own.in_order, r), total(own.ordered, r))),
-        retention=None
-        if base is None
-        else estimate("retention", lambda r: _ratio(accuracy(own, r), accuracy(base, r))),
+        retention=compared("retention", accuracy),
         same_answers=same,
-        speedup=None if base is None else estimate("speedup", lambda r: _ratio(speed(own, r), speed(base, r))),
+        speedup=compared("speedup", speed),
+        first_token_over_ar=compared("first_token_over_ar", first_token),
+        throughput_over_ar=compared("throughput_over_ar", throughput),
         intervals=intervals,
     )
 
@@ -312,6 +354,7 @@ def summarise(
             stretches=_stretches(run.answers, samples),
             relevance=None if run.relevance is None else _quantiles(run.relevance),
             **_drafting(run),
+            profile=_profiles(run),
             bound=bound,
         )
     return Report(environment=environment, settings=settings, policies=policies)
@@ -337,6 +380,16 @@ def _drafting(run: PolicyRun) -> dict[str, float | None]:
         "drafted_length": times.drafted_tokens / times.requests if times.requests else None,
         "draft_prefill_seconds": times.prefill_seconds / len(run.answers),
         "scoring_seconds": times.scoring_seconds / len(run.answers),
+    }
+
+
+def _profiles(run: PolicyRun) -> dict[str, Profile] | None:
+    if run.profile is None:
+        return None
+    return {
+        kind: Profile(steps=seen["steps"], seconds={part: s / seen["steps"] for part, s in seen["seconds"].items()})
+        for kind, seen in run.profile.items()
+        if seen["steps"]
     }
 
 

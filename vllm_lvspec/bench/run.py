@@ -6,7 +6,7 @@ import json
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from vllm_lvspec.config import METHOD
 
 NUM_WARM_UP = 2  # first requests of an engine are slower; these are asked and forgotten
 _WARM_UP_TOKENS = 32
+NUM_PROFILED = 8  # questions, or as many as run at once, that are asked again for a profile
 PREPARED_BYTES = 1 << 30  # of frames that are read before questions about them are asked
 
 
@@ -54,16 +55,22 @@ class StepTimes:
     scoring_seconds: float = 0.0  # of the target over all prompts, where the strategy asks it
 
 
+# Of each kind of step (`decode`, `prompt`): how many there were (`steps`), and seconds of each part (`seconds`).
+StepParts = dict[str, dict[str, Any]]
+
+
 @dataclass
 class PolicyRun:
     """`times`, `relevance`: of the part that was run to its end; None where the plugin is not in it.
 
     `relevance`: how many drafted tokens had which relevance, in even steps from -1 to 1, and how many had none.
+    `profile`: of some questions that were asked again.
     """
 
     answers: list[Answer]
     times: StepTimes | None
     relevance: list[int] | None = None
+    profile: StepParts | None = None
 
     @property
     def wall_seconds(self) -> float:
@@ -87,6 +94,7 @@ class Journal:
         self.answers: dict[str, dict[str, Answer]] = defaultdict(dict)
         self.times: dict[str, dict[str, float]] = {}
         self.relevance: dict[str, list[int]] = {}
+        self.profiles: dict[str, StepParts | None] = {}
         lines = path.read_text().splitlines() if path.exists() else []
         try:
             before = json.loads(lines[0]) if lines else settings
@@ -123,6 +131,7 @@ class Journal:
         else:
             self.times[entry["policy"]] = entry["times"]
             self.relevance[entry["policy"]] = entry["relevance"]
+            self.profiles[entry["policy"]] = entry.get("profile")
 
 
 def run_policies(
@@ -137,30 +146,94 @@ def run_policies(
     journal: Journal,
     on_start: Callable[[str], None] = lambda policy: None,
     on_answer: Callable[[str], None] = lambda policy: None,
+    side_by_side: bool = False,
+    repeats: int = 1,
+    with_profile: bool = False,
 ) -> dict[str, PolicyRun]:
-    """Ask all `samples` of every policy, one engine after another."""
+    """Ask all `samples` of every policy, one engine after another, or of all engines in turn (`side_by_side`).
+
+    Of `repeats` answers to a question the one of median time is kept. `with_profile`: then some are asked again.
+    """
+    for together in [policies] if side_by_side else [[policy] for policy in policies]:
+        with ExitStack() as stack:
+            engines = {}
+            for policy in together:
+                for _ in journal.answers[policy]:
+                    on_answer(policy)
+                if len(journal.answers[policy]) < len(samples):
+                    on_start(policy)
+                    running = running_engine(model, speculative_config(policy, draft), batch_size, engine_arguments)
+                    llm = stack.enter_context(running)
+                    engines[policy] = _Engine(llm, prompt_writer(llm), batch_size, max_tokens, min_tokens)
+                    engines[policy].warm_up(samples)
+            before = {policy: _counters(engine.llm) for policy, engine in engines.items()}
+            size = batch_size if side_by_side else len(samples)
+            for number, group in enumerate(batched(samples, size)):
+                for policy in turned(list(engines), number):
+                    waiting = [sample for sample in group if sample.name not in journal.answers[policy]]
+                    for answer in engines[policy].ask(policy, waiting, repeats):
+                        journal.add(asdict(answer))
+                        on_answer(policy)
+            for policy, engine in engines.items():
+                if (then := before[policy]) is None or (now := _counters(engine.llm)) is None:
+                    continue
+                times = {k: v - then[0][k] for k, v in now[0].items()}
+                relevance = [b - a for a, b in zip(then[1], now[1], strict=True)]
+                profile = engine.profile(samples) if with_profile else None
+                journal.add({"policy": policy, "times": times, "relevance": relevance, "profile": profile})
     results = {}
     for policy in policies:
-        known = journal.answers[policy]
-        for _ in known:
-            on_answer(policy)
-        waiting = [s for s in samples if s.name not in known]
-        if waiting:
-            on_start(policy)
-            with running_engine(model, speculative_config(policy, draft), batch_size, engine_arguments) as llm:
-                prompt = prompt_writer(llm)
-                _warm_up(llm, samples, prompt, batch_size)
-                before = _counters(llm)
-                for answer in _ask(llm, policy, waiting, prompt, batch_size, max_tokens, min_tokens):
-                    journal.add(asdict(answer))
-                    on_answer(policy)
-                if (after := _counters(llm)) is not None and before is not None:
-                    times = {k: v - before[0][k] for k, v in after[0].items()}
-                    relevance = [b - a for a, b in zip(before[1], after[1], strict=True)]
-                    journal.add({"policy": policy, "times": times, "relevance": relevance})
         measured = StepTimes(**journal.times[policy]) if policy in journal.times else None
-        results[policy] = PolicyRun([known[s.name] for s in samples], measured, journal.relevance.get(policy))
+        answers = [journal.answers[policy][sample.name] for sample in samples]
+        results[policy] = PolicyRun(answers, measured, journal.relevance.get(policy), journal.profiles.get(policy))
     return results
+
+
+def batched(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
+    """Groups of `size`, the last of what is left."""
+    return (samples[i : i + size] for i in range(0, len(samples), size))
+
+
+def turned(names: Sequence[str], number: int) -> list[str]:
+    """In another order for each number, so that nobody is always the first."""
+    first = number % max(1, len(names))
+    return [*names[first:], *names[:first]]
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """One policy's, and how it is asked."""
+
+    llm: Any
+    prompt: Callable[[Sample], dict[str, Any]]
+    batch_size: int
+    max_tokens: int
+    min_tokens: int
+
+    def warm_up(self, samples: Sequence[Sample]) -> None:
+        chosen = samples[: NUM_WARM_UP * self.batch_size]
+        for _ in _ask(self.llm, "", chosen, self.prompt, self.batch_size, _WARM_UP_TOKENS, 0):
+            pass
+
+    def ask(self, policy: str, samples: Sequence[Sample], repeats: int = 1) -> Iterator[Answer]:
+        """Each question's answer as it comes; of several the one of median time, when all have come."""
+        how = self.prompt, self.batch_size, self.max_tokens, self.min_tokens
+        if repeats == 1:
+            yield from _ask(self.llm, policy, samples, *how)
+            return
+        given: dict[str, list[Answer]] = defaultdict(list)
+        for _ in range(repeats):
+            for answer in _ask(self.llm, policy, samples, *how):
+                given[answer.sample].append(answer)
+        for answers in given.values():
+            yield sorted(answers, key=lambda answer: answer.last_token_seconds)[(repeats - 1) // 2]
+
+    def profile(self, samples: Sequence[Sample]) -> StepParts:
+        """Of the first rank, while some of `samples` are asked once more."""
+        self.llm.collective_rpc("lvspec_start_profile")
+        for _ in self.ask("", samples[: max(NUM_PROFILED, self.batch_size)]):
+            pass
+        return self.llm.collective_rpc("lvspec_stop_profile")[0]
 
 
 @contextmanager
@@ -201,12 +274,6 @@ def prompt_writer(llm: Any) -> Callable[[Sample], dict[str, Any]]:
         return {"prompt": text, "multi_modal_data": {"video": [sample.load_video()]}}
 
     return write
-
-
-def _warm_up(llm: Any, samples: Sequence[Sample], prompt: Callable[[Sample], dict[str, Any]], batch_size: int) -> None:
-    chosen = list(samples)[: NUM_WARM_UP * batch_size]
-    for _ in _ask(llm, "", chosen, prompt, batch_size, _WARM_UP_TOKENS, 0):
-        pass
 
 
 def _has_plugin(llm: Any) -> bool:

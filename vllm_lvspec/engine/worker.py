@@ -10,6 +10,7 @@ from vllm.utils.mem_constants import GiB_bytes
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_lvspec.config import LVSpecConfigError
+from vllm_lvspec.engine.profile import StepProfile
 from vllm_lvspec.engine.runner import LVSpecGPUModelRunner
 
 
@@ -50,6 +51,17 @@ class LVSpecWorker(Worker):
             "prefill_seconds": runner.drafter.drafter.prefill_seconds,
             "scoring_seconds": runner.scores.seconds,
         }
+
+    def lvspec_start_profile(self) -> None:
+        """Look at the clock between the parts of steps from now on."""
+        self.step_profile = StepProfile(self.model_runner)
+        self.step_profile.start()
+
+    def lvspec_stop_profile(self) -> dict[str, Any]:
+        """`StepProfile` of this rank since the start, by kind of step."""
+        profile = self.step_profile
+        profile.stop()
+        return {kind: {"steps": num, "seconds": dict(profile.seconds[kind])} for kind, num in profile.num_steps.items()}
 
 
 class LVSpecGPUWorker(LVSpecWorker):

@@ -1,0 +1,107 @@
+"""`python -m vllm_lvspec.bench.page FOLDER`: the benchmarks' page, from the JSON files of their runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from jinja2 import Environment, StrictUndefined
+
+from vllm_lvspec.bench.report import figure, profile_markdown
+from vllm_lvspec.bench.results import Report
+from vllm_lvspec.bench.served import ServedReport, shown
+
+_TEMPLATE = """\
+# Benchmarks
+
+Made by `make benchmarks-page` from the files in [benchmarks/](benchmarks/), which `lvspec bench` and
+`lvspec bench-serve` have written; what the columns mean is in [bench.md](bench.md). Brackets hold 95 % bootstrap
+intervals. `ar` is vLLM without speculation, in the same run on the same machine. The bundled pairs are small; with
+`--shape` the target costs what a text model of that size costs, with the same answers.
+{% for name, report in reports.items() %}
+{% set settings = report.settings %}
+
+## {{ settings.title or name }}
+
+Target `{{ settings.model }}`{% if settings.shape %} in the shape {{ settings.shape }}{% endif %}, drafter \
+`{{ settings.draft or "the plugin's choice" }}`, {{ settings.dtype }}, {{ about(report) }}. \
+{{ report.environment.device }}, {{ report.environment.cores }} cores, \
+{% for package, version in report.environment.versions.items() %}\
+{{ package }} {{ version }}{{ ", " if not loop.last }}{% endfor %}; {{ report.environment.date }}.
+
+    {{ report.environment.command }}
+
+{% if is_served(report) %}
+| at once | policy | throughput over ar | time to first token over ar | decode speed over ar | facts |
+|---|---|---|---|---|---|
+{% for at_once, servers in report.loads.items() %}{% for policy, served in servers.items() -%}
+| {{ at_once }} | {{ policy }} |{% for text in shown(served) %} {{ text }} |{% endfor %}
+
+{% endfor %}{% endfor %}
+{% else %}
+| policy | tokens per target step | decode speed over ar | of the bound | time to first token over ar | \
+throughput over ar | retention |
+|---|---|---|---|---|---|---|
+{% for policy, p in report.policies.items() -%}
+| {{ policy }} | {{ figure(p, "mean_accepted_length", 2) }} | {{ figure(p, "speedup", 2) }} | \
+{{ "%.2f of %.2f" | format(p.speedup / p.bound.speedup, p.bound.speedup) if p.bound else "–" }} | \
+{{ figure(p, "first_token_over_ar", 2) }} | {{ figure(p, "throughput_over_ar", 2) }} | {{ figure(p, "retention", 3) }} |
+{% endfor %}
+
+{{ profile_markdown(report, "###") }}
+{% endif %}
+{% endfor %}
+"""
+
+
+def page(folder: Path) -> str:
+    """All runs in `folder`, in the order of their files' names."""
+    reports = {path.stem: _read(path) for path in sorted(folder.glob("*.json"))}
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    text = environment.from_string(_TEMPLATE).render(
+        reports=reports,
+        about=_about,
+        is_served=lambda report: isinstance(report, ServedReport),
+        shown=shown,
+        figure=figure,
+        profile_markdown=profile_markdown,
+    )
+    lines: list[str] = []
+    for line in text.splitlines():
+        if line or (lines and lines[-1]):
+            lines.append(line.rstrip())
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _read(path: Path) -> Report | ServedReport:
+    content = json.loads(path.read_text())
+    return (ServedReport if "loads" in content else Report).model_validate(content)
+
+
+def _about(report: Report | ServedReport) -> str:
+    """What was asked, and how."""
+    if isinstance(report, ServedReport):
+        settings = report.settings
+        return (
+            f"{settings.samples} requests ({settings.task}, seed {settings.seed}) in each of {settings.rounds} rounds, "
+            f"up to {settings.max_tokens} tokens each, greedy"
+        )
+    s = report.settings
+    seeds = f", seed{'s' if len(s.seeds) > 1 else ''} {', '.join(map(str, s.seeds))}" if s.seeds else ""
+    turns = ", all policies in turn" if s.side_by_side else ""
+    repeats = f", the median of {s.repeats}" if s.repeats > 1 else ""
+    return (
+        f"{s.samples} questions ({', '.join(s.tasks)}{seeds}), batch size {s.batch_size}, K = "
+        f"{s.num_speculative_tokens}, {s.pruning} pruning of {100 * s.pruning_ratio:.0f} %, greedy{turns}{repeats}"
+    )
+
+
+def main(folder: Annotated[Path, typer.Argument(help="with the JSON files")]) -> None:
+    """Print the page."""
+    print(page(folder), end="")
+
+
+if __name__ == "__main__":
+    typer.run(main)
