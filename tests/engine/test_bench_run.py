@@ -134,7 +134,7 @@ def test_lengths_of_drafts_are_compared_with_vllm_without_speculation_in_one_pro
 def test_what_the_plugin_adds_to_steps_is_measured_beside_vllms_own(monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     envs.disable_envs_cache()
-    found = overhead.measure("qwen2_5_vl", None, "strict", videofacts(6, 74, ("question",)), 2, drafts=False)
+    found = overhead.measure("qwen2_5_vl", None, "strict", videofacts(6, 74, ("question",)), 2, None)
     without, other = found[overhead.WITHOUT], found[overhead.WITH]
     assert without.num_steps == other.num_steps and min(without.num_steps.values()) > 1
     assert {"inputs", "target", "target: logits", "sampling", "scheduler and engine"} == without.seconds[

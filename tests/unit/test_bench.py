@@ -787,8 +787,3 @@ def test_the_page_of_benchmarks_is_made_from_their_files(report, tmp_path):
     lines = text.splitlines()
     for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
         assert not (before.startswith("|") and not line and after.startswith("|")), "a table that falls apart"
-
-
-def test_the_published_page_is_what_its_files_say():
-    docs = Path(__file__).parents[2] / "docs"
-    assert (docs / "benchmarks.md").read_text() == page(docs / "benchmarks")

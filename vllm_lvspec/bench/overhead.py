@@ -30,12 +30,13 @@ def measure(
     policy: str,
     samples: list[Sample],
     batch_size: int,
-    drafts: bool,
+    drafts: str | None,
     with_videos: bool = True,
 ) -> dict[str, StepProfile]:
     """Of both engines over all groups of `batch_size` samples but the first, each asked of both, in turning order.
 
-    `drafts`: as many as pay, as by default; otherwise none. Without videos their questions alone are asked.
+    `drafts`: `fixed` or `adaptive`, where they pay; None: nothing is drafted. Without videos their questions alone are
+    asked.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the runners must be within reach
     pair = PAIRS[family]
@@ -47,7 +48,7 @@ def measure(
         **(upscaled(str(pair.target), shape) if shape else {}),
     }
     model = arguments.pop("model", str(pair.target))
-    config = {"method": METHOD, "model": str(pair.draft), "policy": policy}
+    config = {"method": METHOD, "model": str(pair.draft), "policy": policy, "draft_length": drafts or "fixed"}
     groups = [samples[i : i + batch_size] for i in range(0, len(samples) - batch_size + 1, batch_size)]
     with (
         running_engine(model, None, batch_size, arguments) as without,
@@ -55,7 +56,7 @@ def measure(
     ):
         engines = {WITHOUT: without, WITH: llm}
         runners = {name: one.collective_rpc(lambda worker: worker.model_runner)[0] for name, one in engines.items()}
-        if not drafts:
+        if drafts is None:
             drafter = runners[WITH].drafter.drafter
             drafter.propose, drafter.rests = lambda requests, most: [[] for _ in requests], lambda req_ids: True
         profiles = {name: StepProfile(runner) for name, runner in runners.items()}
@@ -92,7 +93,9 @@ def main(
     seed: Annotated[int, typer.Option(help="of the suite's scenes")] = 6,
     task: Annotated[str, typer.Option(help="kind of questions")] = "caption",
     batch_size: Annotated[int, typer.Option(help="questions asked together")] = 8,
-    drafts: Annotated[bool, typer.Option(help="draft where it pays, or nothing at all")] = False,
+    drafts: Annotated[
+        str | None, typer.Option(help="fixed or adaptive: draft so where it pays; nothing is drafted without")
+    ] = None,
     text_only: Annotated[bool, typer.Option(help="ask without the videos")] = False,
 ) -> None:
     """Print milliseconds per step by part, with and without this package, and the sum of what it adds."""
