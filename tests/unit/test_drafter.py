@@ -1187,7 +1187,9 @@ def test_of_what_is_preempted_no_answers_length_is_learned():
         drafter.propose([make_request("a", max_draft=10**6)], 10)
         drafter.release("a", end)
         assert drafter.answers.tokens_left(10**6) == (10**6 if end is None else 3)
-    drafter.release("who had no drafts", 5)
+    drafter.release("who came and went while nothing was drafted", 5)
+    assert drafter.answers.tokens_left(10**6) == 4
+    drafter.release("who had no room for a draft", 1)
     assert drafter.answers.tokens_left(10**6) == 4
 
 

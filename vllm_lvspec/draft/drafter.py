@@ -207,8 +207,9 @@ class Drafter:
     def release(self, req_id: str, num_emitted: int | None = None) -> None:
         """Forget a request that has ended with so many tokens, or was preempted; unknown ones are fine."""
         self._drop(req_id)
-        self._histories.pop(req_id, None)
-        if num_emitted:
+        is_known = self._histories.pop(req_id, None) is not None
+        # Of one token are answers that had no room for a draft, and say nothing of others.
+        if num_emitted and (is_known or num_emitted > 1):
             self.answers.learn(num_emitted)
         self._undraftable.discard(req_id)
 
