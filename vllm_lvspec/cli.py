@@ -177,6 +177,8 @@ def bench_serve(
     from vllm_lvspec.config import LVSpecConfigError
     from vllm_lvspec.serving import ServerError
 
+    # Whoever ends it ends its servers.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
     try:
         options = ServeOptions(
@@ -200,6 +202,9 @@ def bench_serve(
     except (BenchError, DatasetError, LVSpecConfigError, PeerError, ServerError) as error:
         console.print(str(error), style="red", highlight=False, markup=False)
         raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        console.print("stopped")
+        raise typer.Exit(130) from None
 
 
 if __name__ == "__main__":

@@ -132,13 +132,14 @@ def test_lengths_of_drafts_are_compared_with_vllm_without_speculation_in_one_pro
 
 
 def test_what_the_plugin_adds_to_steps_is_measured_beside_vllms_own(monkeypatch):
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER"):
+        monkeypatch.setenv(name, "0")  # so that they are set back
     envs.disable_envs_cache()
     found = overhead.measure("qwen2_5_vl", None, "strict", videofacts(6, 74, ("question",)), 2, None)
     without, other = found[overhead.WITHOUT], found[overhead.WITH]
     assert without.num_steps == other.num_steps and min(without.num_steps.values()) > 1
-    assert {"inputs", "target", "target: logits", "sampling", "scheduler and engine"} == without.seconds[
-        "decode"
-    ].keys()
+    parts = {"inputs", "target", "target: logits", "sampling", "scheduler and engine"}
+    assert parts <= without.seconds["decode"].keys()
+    assert not [part for part in without.seconds["decode"] if part.startswith(("verification", "drafter"))]
     assert {"verification", "drafter: for whom, how far"} < other.seconds["decode"].keys()
-    assert -0.5 < overhead.overhead(without, other, "decode") < 0.5
+    assert -1 < overhead.overhead(without, other, "decode") < 1

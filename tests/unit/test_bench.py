@@ -14,7 +14,9 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
 from vllm_lvspec.bench import lengths, run, served
 from vllm_lvspec.bench.command import (
@@ -26,8 +28,9 @@ from vllm_lvspec.bench.command import (
     parse_settings,
     run_bench,
 )
+from vllm_lvspec.bench.page import main as page_main
 from vllm_lvspec.bench.page import page
-from vllm_lvspec.bench.peers import PEERS, DraftSettings, speculative_config
+from vllm_lvspec.bench.peers import PEERS, DraftSettings, PeerError, speculative_config
 from vllm_lvspec.bench.report import markdown, pareto, plot, plot_profile, profile
 from vllm_lvspec.bench.results import Environment, Report, Settings, json_schema, summarise
 from vllm_lvspec.bench.run import Answer, Journal, JournalError, PolicyRun, StepTimes
@@ -112,6 +115,19 @@ def test_what_drafting_costs_a_prompt_is_said_per_answer(report):
     assert strict.scoring_seconds == pytest.approx(0.25 / 4)
     assert report.policies["ar"].drafted_length is None
     assert "| strict | 10.00 | 125.0 | 62.5 |" in markdown(report)
+    samples = videofacts(2, 1, ["caption", "choice"])
+    runs = {"strict": PolicyRun([answer("strict", s.name, 3, 2, 1.0) for s in samples], StepTimes(prefill_seconds=1.2))}
+    asked_thrice = summarise(runs, samples, settings_for(samples, ["strict"], repeats=3), ENVIRONMENT)
+    assert asked_thrice.policies["strict"].draft_prefill_seconds == pytest.approx(0.1)
+
+
+def test_a_part_of_what_runs_at_once_has_no_throughput():
+    samples = videofacts(2, 1, ["caption", "choice"])
+    runs = {name: PolicyRun([answer(name, s.name, 3, 2, 1.0) for s in samples], None) for name in ("ar", "strict")}
+    for batch_size, expected in ((1, 1.0), (2, None)):
+        found = summarise(runs, samples, settings_for(samples, list(runs), batch_size=batch_size), ENVIRONMENT)
+        assert found.policies["strict"].throughput_over_ar == 1.0
+        assert found.policies["strict"].tasks["caption"].throughput_over_ar == expected
 
 
 def test_intervals_are_over_videos_and_hold_the_figure():
@@ -682,6 +698,17 @@ def test_one_after_another_each_is_asked_everything(turn_engines, tmp_path):
     assert [policy for policy, _ in TurnEngine.asked] == ["ar"] * 3 + ["strict"] * 3
 
 
+def test_a_stopped_run_makes_up_for_the_profile_alone(turn_engines, tmp_path, monkeypatch):
+    samples = videofacts(2, 1, ["choice"])
+    run_on_fakes(tmp_path, samples)
+    num_asked = len(TurnEngine.asked)
+    monkeypatch.setattr(run, "_has_plugin", lambda llm: llm.policy != "ar")
+    monkeypatch.setattr(TurnEngine, "collective_rpc", lambda self, name: [{"decode": {}}], raising=False)
+    found = run_on_fakes(tmp_path, samples, with_profile=True)
+    assert len(TurnEngine.asked) == num_asked
+    assert found["ar"].profile is None and found["strict"].profile == {"decode": {}}
+
+
 def test_of_several_answers_the_one_of_median_time_counts(turn_engines, tmp_path):
     samples = videofacts(1, 1, ["choice"])
     found = run_on_fakes(tmp_path, samples, repeats=3, batch_size=3)
@@ -697,6 +724,12 @@ def test_a_group_is_measured_from_its_first_request_to_its_last_token(monkeypatc
     assert (measured.tokens, measured.decoded, measured.steps) == (4, 0, 2)
     assert measured.wall_seconds == pytest.approx(0.04, abs=0.03)
     assert measured.decode_seconds == pytest.approx(2 * 0.02, abs=0.03)
+
+
+def page_command() -> typer.Typer:
+    app = typer.Typer()
+    app.command()(page_main)
+    return app
 
 
 def loaded(ttfts, itls, texts, throughput, errors=()) -> dict:
@@ -757,6 +790,8 @@ def test_every_figure_of_servers_is_explained():
         ({"policies": ["ar", "ar"]}, "policies='ar,ar': must name one or more, each once"),
         ({"concurrency": [0]}, "concurrency='0': must be one or more, each 1 or more"),
         ({"rounds": 0}, "rounds=0: must be 1 or more"),
+        ({"max_tokens": 1025}, "max_tokens=1025: must be at most 1024"),
+        ({"policies": ["ar", "fast"]}, "policies='fast': must be of ar, ngram"),
         ({"shape": "1b"}, "shape='1b': must be one of 0.5b"),
         ({"family": "llava"}, "family='llava': must be one of qwen2_5_vl"),
         ({"json_path": Path("x.txt")}, "json='x.txt': must end in .json"),
@@ -764,7 +799,7 @@ def test_every_figure_of_servers_is_explained():
     ],
 )
 def test_servers_are_not_started_with_wrong_options(options, said):
-    with pytest.raises(BenchError, match=said):
+    with pytest.raises((BenchError, PeerError), match=said):
         served.run_served(served.ServeOptions(**{"json_path": Path("x.json"), **options}), Console(quiet=True))
 
 
@@ -783,7 +818,10 @@ def test_the_page_of_benchmarks_is_made_from_their_files(report, tmp_path):
     text = page(tmp_path)
     assert "## Captions, one at a time" in text and "## 2-servers" in text
     assert "| strict | 4.00 [4.00, 4.00] | 2.00 [2.00, 2.00] | 0.90 of 2.22 | 1.00 [1.00, 1.00] |" in text
-    assert "| 4 | lvspec | 1.50 [1.50, 1.50] | 1.00 [1.00, 1.00] | 2.00 [2.00, 2.00] | 0.000 |" in text
+    assert "| 4 | lvspec | 1.50 | 1.00 [1.00, 1.00] | 2.00 [2.00, 2.00] | 0.000 |" in text
     lines = text.splitlines()
+    assert CliRunner().invoke(page_command(), [str(tmp_path)]).output == text
+    (tmp_path / "empty").mkdir()
+    assert CliRunner().invoke(page_command(), [str(tmp_path / "empty")]).exit_code == 2
     for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
         assert not (before.startswith("|") and not line and after.startswith("|")), "a table that falls apart"

@@ -100,6 +100,8 @@ def _about(report: Report | ServedReport) -> str:
 
 def main(folder: Annotated[Path, typer.Argument(help="with the JSON files")]) -> None:
     """Print the page."""
+    if not any(folder.glob("*.json")):
+        raise typer.BadParameter(f"{str(folder)!r}: must be a folder with JSON files of runs")
     print(page(folder), end="")
 
 

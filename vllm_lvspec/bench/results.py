@@ -68,7 +68,7 @@ class Figures(_Model):
     )
     throughput_over_ar: float | None = Field(
         description="tokens of all answers, first ones included, per second of wall clock over that of ar in the same "
-        "run; null without ar"
+        "run; null without ar, and for a part of the answers at batch sizes above 1"
     )
     intervals: dict[str, Interval] = Field(description="95 % bootstrap intervals, by name of the figure")
 
@@ -349,11 +349,11 @@ def summarise(
             throughput=own.output_tokens / run.wall_seconds if run.wall_seconds else 0.0,
             reasons=_reasons(run.answers, own),
             facts=fact_figures(run.answers, samples),
-            tasks=_figures_by([s.task for s in samples], run.answers, samples, baseline),
-            seeds=_figures_by([s.group for s in samples], run.answers, samples, baseline),
+            tasks=_figures_by([s.task for s in samples], run.answers, samples, baseline, settings.batch_size),
+            seeds=_figures_by([s.group for s in samples], run.answers, samples, baseline, settings.batch_size),
             stretches=_stretches(run.answers, samples),
             relevance=None if run.relevance is None else _quantiles(run.relevance),
-            **_drafting(run),
+            **_drafting(run, settings.repeats),
             profile=_profiles(run),
             bound=bound,
         )
@@ -361,25 +361,33 @@ def summarise(
 
 
 def _figures_by(
-    groups: Sequence[str], answers: Sequence[Answer], samples: Sequence[Sample], baseline: Sequence[Answer] | None
+    groups: Sequence[str],
+    answers: Sequence[Answer],
+    samples: Sequence[Sample],
+    baseline: Sequence[Answer] | None,
+    batch_size: int,
 ) -> dict[str, Figures]:
     """Figures of each group's answers; samples of no group are left out."""
     result = {}
     for group in dict.fromkeys(g for g in groups if g):
         rows = [i for i, g in enumerate(groups) if g == group]
         part = None if baseline is None else [baseline[i] for i in rows]
-        result[group] = figures([answers[i] for i in rows], [samples[i] for i in rows], part)
+        found = figures([answers[i] for i in rows], [samples[i] for i in rows], part)
+        if batch_size > 1:  # the wall clock's seconds are of all that ran at once
+            found.throughput_over_ar = None
+            found.intervals.pop("throughput_over_ar", None)
+        result[group] = found
     return result
 
 
-def _drafting(run: PolicyRun) -> dict[str, float | None]:
+def _drafting(run: PolicyRun, repeats: int) -> dict[str, float | None]:
     times = run.times
     if times is None:
         return dict.fromkeys(("drafted_length", "draft_prefill_seconds", "scoring_seconds"))
     return {
         "drafted_length": times.drafted_tokens / times.requests if times.requests else None,
-        "draft_prefill_seconds": times.prefill_seconds / len(run.answers),
-        "scoring_seconds": times.scoring_seconds / len(run.answers),
+        "draft_prefill_seconds": times.prefill_seconds / (repeats * len(run.answers)),
+        "scoring_seconds": times.scoring_seconds / (repeats * len(run.answers)),
     }
 
 

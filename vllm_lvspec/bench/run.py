@@ -126,12 +126,13 @@ class Journal:
             file.write(json.dumps(entry) + "\n")
 
     def _take(self, entry: dict[str, Any]) -> None:
-        if "sample" in entry:
+        if "profile" in entry:
+            self.profiles[entry["policy"]] = entry["profile"]
+        elif "sample" in entry:
             self.answers[entry["policy"]][entry["sample"]] = Answer(**entry)
         else:
             self.times[entry["policy"]] = entry["times"]
             self.relevance[entry["policy"]] = entry["relevance"]
-            self.profiles[entry["policy"]] = entry.get("profile")
 
 
 def run_policies(
@@ -152,7 +153,8 @@ def run_policies(
 ) -> dict[str, PolicyRun]:
     """Ask all `samples` of every policy, one engine after another, or of all engines in turn (`side_by_side`).
 
-    Of `repeats` answers to a question the one of median time is kept. `with_profile`: then some are asked again.
+    Each group of questions that are asked together is asked `repeats` times, of which the one of median time is kept.
+    `with_profile`: then some are asked again.
     """
     for together in [policies] if side_by_side else [[policy] for policy in policies]:
         with ExitStack() as stack:
@@ -160,27 +162,30 @@ def run_policies(
             for policy in together:
                 for _ in journal.answers[policy]:
                     on_answer(policy)
-                if len(journal.answers[policy]) < len(samples):
+                is_answered = len(journal.answers[policy]) == len(samples)
+                if not is_answered or (with_profile and policy not in journal.profiles):
                     on_start(policy)
                     running = running_engine(model, speculative_config(policy, draft), batch_size, engine_arguments)
                     llm = stack.enter_context(running)
                     engines[policy] = _Engine(llm, prompt_writer(llm), batch_size, max_tokens, min_tokens)
                     engines[policy].warm_up(samples)
-            before = {policy: _counters(engine.llm) for policy, engine in engines.items()}
-            size = batch_size if side_by_side else len(samples)
+            asked = [policy for policy in engines if len(journal.answers[policy]) < len(samples)]
+            before = {policy: _counters(engines[policy].llm) for policy in asked}
+            size = batch_size if side_by_side or repeats > 1 else len(samples)
             for number, group in enumerate(batched(samples, size)):
-                for policy in turned(list(engines), number):
+                for policy in turned(asked, number):
                     waiting = [sample for sample in group if sample.name not in journal.answers[policy]]
                     for answer in engines[policy].ask(policy, waiting, repeats):
                         journal.add(asdict(answer))
                         on_answer(policy)
-            for policy, engine in engines.items():
-                if (then := before[policy]) is None or (now := _counters(engine.llm)) is None:
-                    continue
-                times = {k: v - then[0][k] for k, v in now[0].items()}
-                relevance = [b - a for a, b in zip(then[1], now[1], strict=True)]
-                profile = engine.profile(samples) if with_profile else None
-                journal.add({"policy": policy, "times": times, "relevance": relevance, "profile": profile})
+            for policy in asked:
+                if (then := before[policy]) is not None and (now := _counters(engines[policy].llm)) is not None:
+                    times = {k: v - then[0][k] for k, v in now[0].items()}
+                    relevance = [b - a for a, b in zip(then[1], now[1], strict=True)]
+                    journal.add({"policy": policy, "times": times, "relevance": relevance})
+            for policy, engine in engines.items() if with_profile else ():
+                profile = engine.profile(samples) if _has_plugin(engine.llm) else None
+                journal.add({"policy": policy, "profile": profile})
     results = {}
     for policy in policies:
         measured = StepTimes(**journal.times[policy]) if policy in journal.times else None
@@ -216,17 +221,14 @@ class _Engine:
             pass
 
     def ask(self, policy: str, samples: Sequence[Sample], repeats: int = 1) -> Iterator[Answer]:
-        """Each question's answer as it comes; of several the one of median time, when all have come."""
+        """Answers as they come; of several times those of median time, when all have come."""
         how = self.prompt, self.batch_size, self.max_tokens, self.min_tokens
         if repeats == 1:
             yield from _ask(self.llm, policy, samples, *how)
             return
-        given: dict[str, list[Answer]] = defaultdict(list)
-        for _ in range(repeats):
-            for answer in _ask(self.llm, policy, samples, *how):
-                given[answer.sample].append(answer)
-        for answers in given.values():
-            yield sorted(answers, key=lambda answer: answer.last_token_seconds)[(repeats - 1) // 2]
+        given = [list(_ask(self.llm, policy, samples, *how)) for _ in range(repeats)]
+        given.sort(key=lambda answers: sum(answer.wall_seconds for answer in answers))
+        yield from given[repeats // 2]
 
     def profile(self, samples: Sequence[Sample]) -> StepParts:
         """Of the first rank, while some of `samples` are asked once more."""

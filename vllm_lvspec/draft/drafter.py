@@ -205,11 +205,11 @@ class Drafter:
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
 
     def release(self, req_id: str, num_emitted: int | None = None) -> None:
-        """Forget a request that has ended with so many tokens, or was preempted; unknown ones are fine."""
+        """Forget a request that was preempted, or has ended; unknown ones are fine. `num_emitted`: of one that says how
+        long answers are."""
         self._drop(req_id)
-        is_known = self._histories.pop(req_id, None) is not None
-        # Of one token are answers that had no room for a draft, and say nothing of others.
-        if num_emitted and (is_known or num_emitted > 1):
+        self._histories.pop(req_id, None)
+        if num_emitted:
             self.answers.learn(num_emitted)
         self._undraftable.discard(req_id)
 

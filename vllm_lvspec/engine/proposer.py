@@ -39,6 +39,7 @@ SEVERAL = 32  # requests whose keys are read together to see what that takes
 CONTEXT_MEASURED = 4096  # tokens in the cache, at most, for what they cost
 SLOW_ENOUGH = 2.0  # seconds of a forward behind which more rows are not measured
 NUM_GRIDS = 4096  # of videos that were seen
+LEAST_ROOM = 3  # tokens of an answer with a draft: the first, a drafted one, and the target's own
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
@@ -199,11 +200,16 @@ class LVSpecProposer:
             self.drafter.costs = replace(costs, prompt=get_tp_group().broadcast_object(price, src=0))
             self._prompts_read = num, self.drafter.prefill_seconds
 
-    def release(self, req_id: str, num_emitted: int | None = None) -> None:
-        """Forget a request that has ended with so many tokens, or was preempted."""
+    def release(self, req_id: str, state: CachedRequestState | None = None) -> None:
+        """Forget a request that was preempted, or has ended in `state`."""
         self._known.pop(req_id, None)
-        if self.drafter is not None:
-            self.drafter.release(req_id, num_emitted)
+        if self.drafter is None:
+            return
+        num_emitted = None
+        # Answers that had no room for a draft say nothing of how long others are.
+        if state is not None and self._max_length(state) >= state.num_prompt_tokens + LEAST_ROOM:
+            num_emitted = len(state.output_token_ids)
+        self.drafter.release(req_id, num_emitted)
 
     def begin_step(
         self,
@@ -280,15 +286,19 @@ class LVSpecProposer:
 
     def _know(self, state: CachedRequestState, num_prompt_tokens: int) -> _Known:
         assert state.prompt_token_ids is not None and state.sampling_params is not None
-        max_model_len = self.vllm_config.model_config.max_model_len
-        max_tokens = state.sampling_params.max_tokens or max_model_len
         return _Known(
             num_prompt_tokens,
             [self._visual_item(feature) for feature in state.mm_features],
             PromptView(state.prompt_token_ids, state.mm_features),
-            min(num_prompt_tokens + max_tokens, max_model_len),
+            self._max_length(state),
             end_ids(state.sampling_params),
         )
+
+    def _max_length(self, state: CachedRequestState) -> int:
+        """Of prompt and answer."""
+        max_model_len = self.vllm_config.model_config.max_model_len
+        max_tokens = state.sampling_params.max_tokens if state.sampling_params is not None else None
+        return min(state.num_prompt_tokens + (max_tokens or max_model_len), max_model_len)
 
     def _target_slots(self, row: int, places: np.ndarray) -> np.ndarray:
         """Slots of the target's KV cache that hold the tokens at `places` of the batch's request `row`."""

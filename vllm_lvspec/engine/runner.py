@@ -64,7 +64,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             self.sampler, self.speculative_config, self.device, self.verification
         )
         self.scores = PromptScores(self, self.verification)
-        self.drafter.connect(self.encoder_cache, self.scores.of)
+        self.drafter.connect(self.encoder_cache, lambda req_id: self.scores.of(req_id))
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         # vLLM asks this of the whole batch; the drafter limits each request by itself, so that one request near its
@@ -73,7 +73,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
 
     def _on_request_state_removed(self, req_id: str, req_state: CachedRequestState | None) -> None:
         super()._on_request_state_removed(req_id, req_state)
-        self.drafter.release(req_id, None if req_state is None else len(req_state.output_token_ids))
+        self.drafter.release(req_id, req_state)
         self.verification.release(req_id)
         self.scores.release(req_id)
 
