@@ -34,8 +34,8 @@ Target `{{ settings.model }}`{% if settings.shape %} in the shape {{ settings.sh
     {{ report.environment.command }}
 
 {% if is_served(report) %}
-| at once | policy | throughput over ar | time to first token over ar | decode speed over ar | facts |
-|---|---|---|---|---|---|
+| at once | policy | throughput over ar | time to first token over ar | decode speed over ar |
+|---|---|---|---|---|
 {% for at_once, servers in report.loads.items() %}{% for policy, served in servers.items() -%}
 | {{ at_once }} | {{ policy }} |{% for text in shown(served) %} {{ text }} |{% endfor %}
 

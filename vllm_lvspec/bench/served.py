@@ -54,9 +54,6 @@ class Served(_Model):
         description="median over requests of the time per further token: from the first to the last over their number; "
         "null where no answer has a second token"
     )
-    facts: float | None = Field(
-        description="mean over answers of required facts stated over required facts and false ones; null without truth"
-    )
     throughput_over_ar: float | None = Field(
         description="output_tokens_per_second over that of ar: geometric mean of the rounds' ratios; null without ar"
     )
@@ -165,7 +162,7 @@ def run_served(options: ServeOptions, console: Console, command: Sequence[str] =
                     status.update(f"{policy}: {at_once} at once, round {number + 1} of {options.rounds}")
                     out = Path(folder) / f"{policy}-{at_once}-{number}.json"
                     rounds[policy].append(_load(urls[policy], model, dataset, at_once, options, out))
-            report.loads[at_once] = _compare(rounds, samples)
+            report.loads[at_once] = _compare(rounds)
             options.json_path.write_text(report.model_dump_json(indent=1) + "\n")
     console.print(_table(report))
     console.print(f"written: {options.json_path}")
@@ -266,10 +263,10 @@ def _load(url: str, model: str, dataset: Path, at_once: int, options: ServeOptio
 # What it comes to ---------------------------------------------------------------------------------------------------
 
 
-def _compare(rounds: dict[str, list[dict[str, Any]]], samples: Sequence[Sample]) -> dict[str, Served]:
-    """Of every policy, from what the load generator wrote in each round; requests stand in the order of `samples`."""
+def _compare(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Served]:
+    """Of every policy, from what the load generator wrote in each round."""
     seen = {policy: _requests(each) for policy, each in rounds.items()}
-    return {policy: _served(rounds, seen, policy, samples) for policy in rounds}
+    return {policy: _served(rounds, seen, policy) for policy in rounds}
 
 
 def _requests(rounds: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
@@ -287,7 +284,6 @@ def _served(
     rounds: dict[str, list[dict[str, Any]]],
     seen: dict[str, tuple[np.ndarray, np.ndarray]],
     policy: str,
-    samples: Sequence[Sample],
 ) -> Served:
     own, (first, per_token) = rounds[policy], seen[policy]
     intervals: dict[str, Interval] = {}
@@ -311,12 +307,6 @@ def _served(
             low, high = np.exp(_interval(logs, np.mean))
             intervals["throughput_over_ar"] = float(low), float(high)
         throughput = float(np.exp(logs.mean()))
-    scores = [
-        sample.score(text).accuracy
-        for each in own
-        for sample, text, error in zip(samples, each["generated_texts"], each["errors"], strict=True)
-        if sample.score is not None and not error
-    ]
     return Served(
         requests=sum(each["completed"] for each in own),
         failed=sum(each["failed"] for each in own),
@@ -324,7 +314,6 @@ def _served(
         output_tokens_per_second=float(np.median([each["output_throughput"] for each in own])),
         first_token_seconds=float(np.nanmedian(first)),
         token_seconds=float(np.nanmedian(per_token)) if np.isfinite(per_token).any() else None,
-        facts=float(np.mean(scores)) if scores else None,
         throughput_over_ar=throughput,
         first_token_over_ar=first_token,
         speedup=speedup,
@@ -339,16 +328,15 @@ def _interval(values: np.ndarray, mean: Callable[..., Any]) -> Interval:
 
 
 def shown(served: Served) -> list[str]:
-    """A row of the table: ratios to ar with their intervals, and facts; a dash where there is none."""
+    """A row of the table: ratios to ar with their intervals; a dash where there is none."""
     names = ("throughput_over_ar", "first_token_over_ar", "speedup")
-    texts = [_figure(getattr(served, name), served.intervals.get(name)) for name in names]
-    return [*texts, "–" if served.facts is None else f"{served.facts:.3f}"]
+    return [_figure(getattr(served, name), served.intervals.get(name)) for name in names]
 
 
 def _table(report: ServedReport) -> Table:
     settings = report.settings
     title = f"{settings.samples} requests ({settings.task}) in each of {settings.rounds} rounds, {settings.dtype}"
-    headings = "at once", "policy", "throughput over ar", "time to first token over ar", "decode speed over ar", "facts"
+    headings = "at once", "policy", "throughput over ar", "time to first token over ar", "decode speed over ar"
     table = Table(*headings, title=title)
     for at_once, servers in report.loads.items():
         for policy, served in servers.items():
