@@ -12,6 +12,16 @@ from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speculative decoding for Video-LLMs in vLLM.")
 
+# Options of both benches.
+Title = Annotated[str | None, typer.Option(help="what the run shows, for the page of benchmarks")]
+Family = Annotated[str, typer.Option(help="bundled pair: qwen2_5_vl, llava_onevision")]
+Target = Annotated[str | None, typer.Option(help="another target: a folder or a name of the hub")]
+Draft = Annotated[str | None, typer.Option(help="another drafter")]
+Shape = Annotated[
+    str | None, typer.Option(help="serve the target at the cost of this text model: 0.5b, 3b, 7b, 32b, 72b")
+]
+DType = Annotated[str | None, typer.Option(help="float32 for the bundled pairs, else vLLM's choice")]
+
 
 @app.callback()
 def main() -> None:
@@ -42,7 +52,7 @@ def bench(
     json_path: Annotated[
         Path, typer.Option("--json", help="where results go; .md, .png and .answers.jsonl are written beside it")
     ],
-    title: Annotated[str | None, typer.Option(help="what the run shows, for the page of benchmarks")] = None,
+    title: Title = None,
     suite: Annotated[str, typer.Option(help="videofacts: generated scenes whose facts are known")] = "videofacts",
     dataset: Annotated[
         str | None, typer.Option(help="instead of a suite: a folder with videos and .jsonl files, or hf:NAME")
@@ -56,14 +66,12 @@ def bench(
             help="peers: ar, ngram, strict, fly, lvspec, random; also with settings, lvspec:relaxation=0.5:guards=order"
         ),
     ] = "ar,strict,lvspec",
-    family: Annotated[str, typer.Option(help="bundled pair: qwen2_5_vl, llava_onevision")] = "qwen2_5_vl",
-    model: Annotated[str | None, typer.Option(help="another target: a folder or a name of the hub")] = None,
-    draft: Annotated[str | None, typer.Option(help="another drafter")] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="serve the target at the cost of this text model: 0.5b, 3b, 7b, 32b, 72b")
-    ] = None,
+    family: Family = "qwen2_5_vl",
+    model: Target = None,
+    draft: Draft = None,
+    shape: Shape = None,
     draft_shape: Annotated[str | None, typer.Option(help="and the drafter at the cost of this one")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 for the bundled pairs, else vLLM's choice")] = None,
+    dtype: DType = None,
     batch_size: Annotated[int, typer.Option(help="requests running at once")] = 1,
     spec_tokens: Annotated[int, typer.Option(help="K, the tokens drafted per step")] = 10,
     pruning: Annotated[str, typer.Option(help="the drafter's view of the video")] = "uniform",
@@ -148,18 +156,16 @@ def bench(
 @app.command(name="bench-serve")
 def bench_serve(
     json_path: Annotated[Path, typer.Option("--json", help="where results go")],
-    title: Annotated[str | None, typer.Option(help="what the run shows, for the page of benchmarks")] = None,
+    title: Title = None,
     policies: Annotated[str, typer.Option(help="servers to compare, as in bench; ar has no speculation")] = "ar,lvspec",
     samples: Annotated[int, typer.Option(help="requests of a round: questions about so many videos")] = 16,
     seed: Annotated[int, typer.Option(help="of the suite's scenes, 0 to 99")] = 1,
     task: Annotated[str, typer.Option(help="kind of questions")] = "caption",
-    family: Annotated[str, typer.Option(help="bundled pair: qwen2_5_vl, llava_onevision")] = "qwen2_5_vl",
-    model: Annotated[str | None, typer.Option(help="another target: a folder or a name of the hub")] = None,
-    draft: Annotated[str | None, typer.Option(help="another drafter")] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="serve the target at the cost of this text model: 0.5b, 3b, 7b, 32b, 72b")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 for the bundled pairs, else vLLM's choice")] = None,
+    family: Family = "qwen2_5_vl",
+    model: Target = None,
+    draft: Draft = None,
+    shape: Shape = None,
+    dtype: DType = None,
     spec_tokens: Annotated[int, typer.Option(help="K, the most tokens drafted per step")] = 10,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="any other setting of the plugin, key=value; repeatable")

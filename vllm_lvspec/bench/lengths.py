@@ -101,6 +101,19 @@ def answer(core: Any, names: Sequence[str], inputs: Sequence[dict[str, Any]]) ->
     )
 
 
+def target_engine(family: str, shape: str | None, batch_size: int) -> tuple[str, dict[str, Any]]:
+    """The bundled target, and arguments of an engine that serves it to `batch_size` requests."""
+    target = str(PAIRS[family].target)
+    arguments: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": 2048,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 64 * 2**20 * max(2, batch_size // 4),
+        **(upscaled(target, shape) if shape else {}),
+    }
+    return arguments.pop("model", target), arguments
+
+
 def measure(
     family: str,
     shape: str | None,
@@ -119,19 +132,12 @@ def measure(
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the drafter must be within reach
     pair = PAIRS[family]
-    arguments: dict[str, Any] = {
-        "dtype": "float32",
-        "max_model_len": 2048,
-        "enforce_eager": True,
-        "kv_cache_memory_bytes": 64 * 2**20 * max(2, batch_size // 4),
-        **(upscaled(str(pair.target), shape) if shape else {}),
-    }
+    model, arguments = target_engine(family, shape, batch_size)
     config = {
         "method": METHOD, "model": str(pair.draft), "policy": policy, "draft_length": "adaptive",
         "num_speculative_tokens": max(lengths),
     }  # fmt: skip
     groups = [samples[i : i + batch_size] for i in range(0, len(samples) - batch_size + 1, batch_size)]
-    model = arguments.pop("model", str(pair.target))
     compared = ways(lengths)
     names = [WITHOUT, *(name for name in compared if not chosen or name in chosen)]
     found: dict[str, list[Measured]] = defaultdict(list)

@@ -7,19 +7,18 @@ memory they happen to lie, which is more than what is looked for here.
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_lvspec.bench.lengths import answer
+from vllm_lvspec.bench.lengths import answer, target_engine
 from vllm_lvspec.bench.run import prompt_writer, running_engine, turned
 from vllm_lvspec.bench.samples import Sample, videofacts
 from vllm_lvspec.config import METHOD
 from vllm_lvspec.engine.profile import DECODE, FORWARDS, PROMPT, StepProfile
 from vllm_lvspec.reference import PAIRS
-from vllm_lvspec.reference.upscale import upscaled
 
 WITHOUT, WITH = "vLLM", "with lvspec"
 
@@ -40,16 +39,8 @@ def measure(
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the runners must be within reach
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # custom proposers run on the first one, with which they are compared
-    pair = PAIRS[family]
-    arguments: dict[str, Any] = {
-        "dtype": "float32",
-        "max_model_len": 2048,
-        "enforce_eager": True,
-        "kv_cache_memory_bytes": 64 * 2**20 * max(2, batch_size // 4),
-        **(upscaled(str(pair.target), shape) if shape else {}),
-    }
-    model = arguments.pop("model", str(pair.target))
-    config = {"method": METHOD, "model": str(pair.draft), "policy": policy, "draft_length": drafts or "fixed"}
+    model, arguments = target_engine(family, shape, batch_size)
+    config = {"method": METHOD, "model": str(PAIRS[family].draft), "policy": policy, "draft_length": drafts or "fixed"}
     groups = [samples[i : i + batch_size] for i in range(0, len(samples) - batch_size + 1, batch_size)]
     with (
         running_engine(model, None, batch_size, arguments) as without,

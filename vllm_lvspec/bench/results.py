@@ -24,11 +24,13 @@ BASELINE = "ar"
 Interval = tuple[float, float]
 
 
-class _Model(BaseModel):
+class StrictModel(BaseModel):
+    """Has the fields that are named, and no others."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class FactFigures(_Model):
+class FactFigures(StrictModel):
     """Facts of one kind over all answers of a policy."""
 
     required: int = Field(description="facts that the answers had to state")
@@ -38,7 +40,7 @@ class FactFigures(_Model):
     recall: float | None = Field(description="right over required; null where nothing was required")
 
 
-class Figures(_Model):
+class Figures(StrictModel):
     """Figures of one policy, over all of its answers or those of one task."""
 
     answers: int = Field(description="number of answers")
@@ -73,7 +75,7 @@ class Figures(_Model):
     intervals: dict[str, Interval] = Field(description="95 % bootstrap intervals, by name of the figure")
 
 
-class Stretch(_Model):
+class Stretch(StrictModel):
     """What is said between two places of the answers, sentence by sentence, by where a sentence begins."""
 
     begin: int = Field(description="first token, by the sentence's share of the text")
@@ -83,7 +85,7 @@ class Stretch(_Model):
     precision: float | None = Field(description="right over right and wrong; null where nothing was said")
 
 
-class Bound(_Model):
+class Bound(StrictModel):
     """The speedup `T / (1 + K c + o)` that a chain of K drafted tokens allows."""
 
     target_step_seconds: float = Field(description="ar's seconds per token, the engine's own work included: the unit")
@@ -101,7 +103,7 @@ class Bound(_Model):
     speedup: float = Field(description="T / (1 + K c + o), T being mean_accepted_length, K drafted_length")
 
 
-class Profile(_Model):
+class Profile(StrictModel):
     """Where steps spend their time, in the first rank's worker."""
 
     steps: int = Field(description="that were looked at, over some questions that were asked again")
@@ -152,7 +154,7 @@ class PolicyResult(Figures):
     bound: Bound | None = Field(description="null at batch sizes above 1, without ar, and for peers that are not ours")
 
 
-class Environment(_Model):
+class Environment(StrictModel):
     """Where and with what a run was made."""
 
     date: str = Field(description="start, UTC, ISO 8601")
@@ -163,7 +165,7 @@ class Environment(_Model):
     resumed: bool = Field(description="whether answers come from an earlier run that was stopped")
 
 
-class Settings(_Model):
+class Settings(StrictModel):
     """What was asked for."""
 
     title: str | None = Field(description="what the run shows")
@@ -195,7 +197,7 @@ class Settings(_Model):
     engine: dict[str, Any] = Field(description="arguments of vLLM's engine")
 
 
-class Report(_Model):
+class Report(StrictModel):
     """The whole file."""
 
     environment: Environment

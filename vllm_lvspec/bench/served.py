@@ -17,13 +17,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
 from vllm_lvspec.bench.command import BenchError, check_models, environment, kv_cache_bytes
 from vllm_lvspec.bench.peers import DraftSettings, speculative_config
-from vllm_lvspec.bench.results import BASELINE, Environment, Interval
+from vllm_lvspec.bench.results import BASELINE, Environment, Interval, StrictModel
 from vllm_lvspec.bench.run import turned
 from vllm_lvspec.bench.samples import Sample, videofacts
 from vllm_lvspec.bench.videofacts.scene import write_mp4
@@ -38,11 +38,7 @@ _MOST_TOKENS = 1024  # vLLM's load generator leaves questions out that come to m
 MIN_ROUNDS = 5  # of fewer no interval is made
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Served(_Model):
+class Served(StrictModel):
     """One server under one load, over all rounds."""
 
     requests: int = Field(description="that were answered")
@@ -70,7 +66,7 @@ class Served(_Model):
     )
 
 
-class ServedSettings(_Model):
+class ServedSettings(StrictModel):
     """What was asked for."""
 
     title: str | None = Field(description="what the run shows")
@@ -88,7 +84,7 @@ class ServedSettings(_Model):
     server: list[str] = Field(description="more arguments of all servers")
 
 
-class ServedReport(_Model):
+class ServedReport(StrictModel):
     """The whole file. `loads`: by requests at once, then by policy."""
 
     environment: Environment
