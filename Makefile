@@ -43,6 +43,7 @@ bench: setup ## Compare ways to decode on the bundled pair (under 20 minutes on 
 	$(RUN) $(BIN)/lvspec bench --suite videofacts --samples 60 --seed 1 --policies ar,ngram,strict,lvspec --json build/bench.json
 
 benchmarks-page: setup ## Make docs/benchmarks.md from the runs in docs/benchmarks
+	mkdir -p build
 	$(BIN)/python -m vllm_lvspec.bench.page docs/benchmarks > build/benchmarks.md
 	mv build/benchmarks.md docs/benchmarks.md
 
