@@ -18,8 +18,12 @@ setup: ## Make .venv with vLLM for CPUs, or for NVIDIA GPUs where there is one
 demo: setup ## Serve a bundled pair and let it describe a video
 	$(RUN) $(BIN)/lvspec demo
 
+# Two processes share the tests, a core each; engines of two ranks have both cores for themselves afterwards.
+PYTEST = $(RUN) $(BIN)/python -m pytest -m 'not two_ranks' --numprocesses 2 --dist loadfile $(1) && \
+	$(RUN) $(BIN)/python -m pytest -m two_ranks $(1)
+
 test: setup ## Run the tests
-	$(RUN) $(BIN)/python -m pytest
+	$(call PYTEST)
 
 # Each strategy, and the target as its own drafter in both ways; the default view's turn comes with `make test`.
 VIEWS := '{"pruning": "none"}' '{"pruning": "random"}' '{"pruning": "redundancy"}' '{"pruning": "attention"}' \
@@ -27,7 +31,7 @@ VIEWS := '{"pruning": "none"}' '{"pruning": "random"}' '{"pruning": "redundancy"
 LOSSLESS := $(addprefix tests/engine/test_,lossless.py sampling.py families.py tensor_parallel.py)
 views: setup ## Run the tests of lossless outputs with every view that a drafter may have (an hour on two cores)
 	for view in $(VIEWS); do \
-		echo "$$view"; LVSPEC_TEST_VIEW="$$view" $(RUN) $(BIN)/python -m pytest $(LOSSLESS) || exit; \
+		echo "$$view"; export LVSPEC_TEST_VIEW="$$view"; $(call PYTEST,$(LOSSLESS)) || exit; \
 	done
 
 lint: setup ## Check style and types

@@ -36,6 +36,8 @@ class Engine:
         # run all processes.
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+            if options.get("tensor_parallel_size", 1) == 2:
+                patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
             self.llm = LLM(target, **self._options(settings, options))
 
     def _options(self, settings: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:

@@ -172,6 +172,7 @@ def test_nothing_is_drafted_behind_what_ends_an_answer(cache, engines):
     assert 0 < engine.stats()["drafted_tokens"] - before <= sum(map(len, got)) - len(got)
 
 
+@pytest.mark.two_ranks
 @pytest.mark.parametrize(
     ("drafter", "settings"),
     [
@@ -179,12 +180,11 @@ def test_nothing_is_drafted_behind_what_ends_an_answer(cache, engines):
         pytest.param(None, {**SELF, "pruning_ratio": 0.5}, id="self"),
     ],
 )
-def test_two_ranks_give_what_one_gives(drafter, settings, engines, oracle, monkeypatch):
+def test_two_ranks_give_what_one_gives(drafter, settings, engines, oracle):
     count = 45
-    want = oracle(QWEN, COUNT, 2)[:count]
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    want = oracle(QWEN, count, 2)
     engine = engines(QWEN, drafter=drafter, tensor_parallel_size=2, lvspec=settings)
-    got = engine.run(generate_requests(QWEN, COUNT, seed=2)[:count], (8, 1, 5))
+    got = engine.run(generate_requests(QWEN, count, seed=2), (8, 1, 5))
     assert token_ids(got) == token_ids(want)
     stats = engine.stats()  # asserts that the ranks agree
     assert stats["drafted_tokens"] > 300
@@ -204,10 +204,10 @@ def draft_whether_it_pays_or_not(worker: Any, yes: bool) -> None:
     worker.model_runner.drafter.drafter.only_if_faster = not yes
 
 
-def test_two_ranks_draft_as_far_by_the_clock_of_one(engines, oracle, monkeypatch):
+@pytest.mark.two_ranks
+def test_two_ranks_draft_as_far_by_the_clock_of_one(engines, oracle):
     count = 45
-    want = oracle(QWEN, COUNT, 2)[:count]
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    want = oracle(QWEN, count, 2)
     settings = {**AS_FAR_AS_PAYS, "pruning": "none"}
     engine = engines(QWEN, drafter=0, tensor_parallel_size=2, lvspec=settings)
     before = engine.llm.collective_rpc(costs_of)
@@ -215,7 +215,7 @@ def test_two_ranks_draft_as_far_by_the_clock_of_one(engines, oracle, monkeypatch
     assert 0 < before[0].target[0] <= before[0].target[-1]
     # Whether it pays hangs on the machine, so that a first part is drafted for whether or not.
     engine.llm.collective_rpc(draft_whether_it_pays_or_not, args=(True,))
-    requests = generate_requests(QWEN, COUNT, seed=2)[:count]
+    requests = generate_requests(QWEN, count, seed=2)
     got = engine.run(requests[:20], (8, 1, 5))
     stats = engine.stats()  # asserts that the ranks agree
     assert stats["drafted_tokens"] > 0 == stats["skipped_cost"]
@@ -644,8 +644,9 @@ def test_behind_a_prefix_hit_attention_is_that_of_the_queries_that_are_computed(
         same_scores(ours.scores, seen.attention_scores(ALL_LAYERS, ours.begin))
 
 
-def test_two_ranks_have_the_same_attention_as_one(engines, monkeypatch):
-    check_two_ranks(engines, monkeypatch, "attention", lambda seen: seen.attention_scores(ALL_LAYERS))
+@pytest.mark.two_ranks
+def test_two_ranks_have_the_same_attention_as_one(engines):
+    check_two_ranks(engines, "attention", lambda seen: seen.attention_scores(ALL_LAYERS))
 
 
 @pytest.mark.parametrize(
@@ -672,12 +673,12 @@ def test_behind_a_prefix_hit_similarity_is_that_of_the_states_that_are_computed(
         same_scores(ours.scores, read_by_transformers(QWEN, request, ours).similarity_scores(ours.begin))
 
 
-def test_two_ranks_have_the_same_similarity_as_one(engines, monkeypatch):
-    check_two_ranks(engines, monkeypatch, "similarity", lambda seen: seen.similarity_scores())
+@pytest.mark.two_ranks
+def test_two_ranks_have_the_same_similarity_as_one(engines):
+    check_two_ranks(engines, "similarity", lambda seen: seen.similarity_scores())
 
 
-def check_two_ranks(engines: Callable, monkeypatch: pytest.MonkeyPatch, pruning: str, want: Callable) -> None:
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+def check_two_ranks(engines: Callable, pruning: str, want: Callable) -> None:
     engine = scoring_engine(engines, QWEN, pruning, tensor_parallel_size=2)
     requests = answering(scene_requests(QWEN))
     first, second = scored(engine, requests)

@@ -135,6 +135,7 @@ def test_llava_answers_as_before_in_a_larger_shape(checkpoint: Callable[..., str
         assert_same_answers(describe(llm, LLAVA), want)
 
 
+@pytest.mark.two_ranks
 def test_larger_heads_answer_as_before_on_two_ranks(bundled_answers, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     with engine(one_process=False, **upscaled(str(TARGET), TWICE_THE_HEAD), tensor_parallel_size=2) as llm:

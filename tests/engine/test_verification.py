@@ -402,12 +402,12 @@ def test_logprobs_of_loosely_accepted_tokens_are_the_targets(mode, engines):
     assert num_loose > 30
 
 
-def test_two_ranks_share_the_features_and_decide_what_one_decides(engines, monkeypatch):
+@pytest.mark.two_ranks
+def test_two_ranks_share_the_features_and_decide_what_one_decides(engines):
     one = loose_pair(engines)
     samples = questions(24)[:6]
     ask(one, simulation("qwen2_5_vl"), samples, LOOSE, 6).check()
     num_bytes = one.stats()["feature_bytes"]
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     two = engines(QWEN, pair=True, num_gpu_blocks_override=NUM_BLOCKS, tensor_parallel_size=2, lvspec=LOOSE)
     asked = ask(two, simulation("qwen2_5_vl"), samples, LOOSE, 6)
     asked.check()
