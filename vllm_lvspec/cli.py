@@ -213,5 +213,68 @@ def bench_serve(
         raise typer.Exit(130) from None
 
 
+@app.command(name="bench-growth")
+def bench_growth(
+    json_path: Annotated[Path, typer.Option("--json", help="where results go; a .png is written beside it")],
+    title: Title = None,
+    family: Family = "qwen2_5_vl",
+    policy: Annotated[str, typer.Option(help="of the verifier, for what is accepted")] = "lvspec",
+    targets: Annotated[
+        str, typer.Option(help="shapes at whose cost the target runs, maybe quantised: own, 0.5b, 32b, 72b:fp8")
+    ] = "0.5b",
+    drafters: Annotated[str, typer.Option(help="and those of drafters: own, 3b, 7b:fp8")] = "own",
+    spec_tokens: Annotated[str, typer.Option(help="values of K")] = "5,10,15",
+    videos: Annotated[
+        str, typer.Option(help="frames x height x width; all but the first with one request and the shortest answer")
+    ] = "24x112x112",
+    batch_sizes: Annotated[str, typer.Option(help="requests at once, about the first video")] = "1",
+    output_tokens: Annotated[
+        str, typer.Option(help="of the answer about the first video, where steps are measured")
+    ] = "16",
+    samples: Annotated[int, typer.Option(help="captions whose drafts are counted")] = 8,
+    seed: Annotated[int, typer.Option(help="of the scenes, 0 to 98")] = 1,
+    dtype: Annotated[str, typer.Option(help="weights and activations")] = "float32",
+    engine: Annotated[str, typer.Option(help="more arguments of vLLM's engine, as JSON")] = "{}",
+    alone: Annotated[bool, typer.Option(help="also measure vLLM's own engine, without this package")] = True,
+    minutes: Annotated[
+        float | None, typer.Option(help="after which no further engine is started; the first one always is")
+    ] = None,
+) -> None:
+    """How what a step costs grows with videos, answers, requests and K, at the cost of targets and drafters of any
+    size."""
+    from vllm_lvspec.bench.command import BenchError, parse_engine_arguments, parse_numbers
+    from vllm_lvspec.bench.growth import GrowthOptions, Model, Size, run_growth
+    from vllm_lvspec.bench.samples import DatasetError
+    from vllm_lvspec.config import LVSpecConfigError
+
+    console = Console()
+    try:
+        options = GrowthOptions(
+            json_path=json_path,
+            title=title,
+            family=family,
+            policy=policy,
+            targets=[Model.parse("targets", text) for text in targets.split(",")],
+            drafters=[Model.parse("drafters", text) for text in drafters.split(",")],
+            spec_tokens=parse_numbers("spec_tokens", spec_tokens),
+            videos=[Size.parse(text) for text in videos.split(",")],
+            batch_sizes=parse_numbers("batch_sizes", batch_sizes),
+            output_tokens=parse_numbers("output_tokens", output_tokens),
+            samples=samples,
+            seed=seed,
+            dtype=dtype,
+            engine_arguments=parse_engine_arguments(engine),
+            alone=alone,
+            minutes=minutes,
+        )
+        run_growth(options, console)
+    except (BenchError, DatasetError, LVSpecConfigError) as error:
+        console.print(str(error), style="red", highlight=False, markup=False)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        console.print("stopped")
+        raise typer.Exit(130) from None
+
+
 if __name__ == "__main__":
     app()

@@ -8,7 +8,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 from vllm import envs
 
-from vllm_lvspec.bench import lengths, overhead
+from vllm_lvspec.bench import growth, lengths, overhead
 from vllm_lvspec.bench.command import BenchOptions, run_bench
 from vllm_lvspec.bench.peers import DraftSettings
 from vllm_lvspec.bench.results import json_schema
@@ -143,3 +143,37 @@ def test_what_the_plugin_adds_to_steps_is_measured_beside_vllms_own(monkeypatch)
     assert not [part for part in without.seconds["decode"] if part.startswith(("verification", "drafter"))]
     assert {"verification", "drafter: for whom, how far"} < other.seconds["decode"].keys()
     assert -1 < overhead.overhead(without, other, "decode") < 1
+
+
+def test_what_steps_cost_is_measured_over_videos_answers_and_requests(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that it is set back
+    envs.disable_envs_cache()
+    options = growth.GrowthOptions(
+        json_path=tmp_path / "growth.json",
+        targets=[growth.Model(None, None)],
+        spec_tokens=[2, 6],
+        videos=[growth.Size(24, 112, 112), growth.Size(24, 168, 168)],
+        batch_sizes=[1, 2],
+        output_tokens=[16, 4],
+        samples=2,
+        seed=75,
+        engine_arguments={"enforce_eager": True},
+    )
+    report = growth.run_growth(options, Console(quiet=True), ["lvspec", "bench-growth"])
+    assert report == growth.GrowthReport.model_validate_json((tmp_path / "growth.json").read_text())
+    (measured,) = report.measured
+    assert measured.name == "own ← own" and 0 < measured.draft_gib < 0.01
+    assert 1.5 < measured.accepted[2].tokens_per_step <= 3 < measured.accepted[6].tokens_per_step <= 7
+    places = [(point.video, point.batch_size, point.output_tokens) for point in measured.points]
+    small, large = "24x112x112", "24x168x168"
+    assert places == [(small, 1, 4), (small, 1, 16), (large, 1, 4), (small, 2, 4)]
+    num_tokens = {point.video: point.prompt_tokens for point in measured.points}
+    assert num_tokens[large] - num_tokens[small] == 12 * (6**2 - 4**2)
+    for point in measured.points:
+        assert list(point.steps) == [0, 2, 6]
+        assert point.steps[0].over_none == 1 < point.steps[2].over_none
+        assert all(0 < step.seconds < 5 and step.speedup_over_alone > 0 for step in point.steps.values())
+        assert point.alone_seconds > 0
+    assert [point.prompt_seconds is not None for point in measured.points] == [True, False, True, False]
+    assert 0 < measured.points[0].draft_prompt_seconds < measured.points[0].prompt_seconds
+    assert (tmp_path / "growth.png").stat().st_size > 1000

@@ -34,7 +34,7 @@ VIDEOFACTS = "videofacts"
 _DTYPES = (None, "auto", "float32", "float", "bfloat16", "float16", "half")
 _PROMPT_TOKENS = 256  # more than any question of a suite has
 _MOST_TOKENS = 4096  # of a bundled pair: vLLM's room for one video's embeddings is larger
-_LARGEST_BLOCK = 256
+LARGEST_BLOCK = 256  # of a KV cache, in tokens
 
 
 class BenchError(ValueError):
@@ -204,7 +204,7 @@ def _engine_arguments(model: str, num_frames: int, options: BenchOptions) -> dic
 
 def kv_cache_bytes(shape: TextShape, dtype: str, max_model_len: int, batch_size: int) -> int:
     """What `batch_size` requests of `max_model_len` tokens and their drafts need, in blocks of up to 256 tokens."""
-    tokens = batch_size * (max_model_len + 2 * _LARGEST_BLOCK) + 2 * _LARGEST_BLOCK
+    tokens = batch_size * (max_model_len + 2 * LARGEST_BLOCK) + 2 * LARGEST_BLOCK
     per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
     return tokens * per_token * (4 if dtype in ("float32", "float") else 2)
 

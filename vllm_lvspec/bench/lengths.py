@@ -48,6 +48,24 @@ class Measured(NamedTuple):
     steps: int
 
 
+class SteeredDrafter:
+    """Drafts as far as it is told, at most, from step to step; nothing at first. `llm` runs in this process."""
+
+    def __init__(self, llm: Any):
+        (self.drafter,) = llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter)
+        self._propose, self._rests, self._length = self.drafter.propose, self.drafter.rests, 0
+        self.drafter.propose = self._propose_as_far
+        self.drafter.rests = lambda req_ids: not self._length or self._rests(req_ids)
+
+    def set_length(self, length: int) -> None:
+        self._length = length
+
+    def _propose_as_far(self, requests: Sequence[Any], most: int) -> list[list[int]]:
+        if not self._length and not any(request.num_verified for request in requests):
+            return [[] for _ in requests]
+        return self._propose(requests, min(most, self._length))  # of none it still hears what was refused
+
+
 def ways(lengths: Sequence[int]) -> dict[str, Way]:
     """Ways of an engine with a drafter: no drafts at all, each of `lengths` in every step, each where it pays, and
     adaptive ones of the longest."""
@@ -145,13 +163,8 @@ def measure(
         running_engine(model, None, batch_size, arguments) as without,
         running_engine(model, config, batch_size, arguments) as llm,
     ):
-        (drafter,) = llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter)
-        propose, rests, length = drafter.propose, drafter.rests, 0
-
-        def propose_as_far(requests: Sequence[Any], most: int) -> list[list[int]]:
-            return propose(requests, min(most, length)) if length else [[] for _ in requests]
-
-        drafter.propose, drafter.rests = propose_as_far, lambda req_ids: not length or rests(req_ids)
+        steered = SteeredDrafter(llm)
+        drafter = steered.drafter
         write = prompt_writer(llm)
         for number, group in enumerate(groups):
             inputs = [write(sample) for sample in group]
@@ -162,6 +175,7 @@ def measure(
                 engine = without if name == WITHOUT else llm
                 if name in compared:
                     length, drafter.is_adaptive, drafter.only_if_faster = compared[name]
+                    steered.set_length(length)
                     drafter.refusal = None  # it was another way's
                 requests = [f"{number}-{name}-{turn}-{sample.name}" for sample in group]
                 answered[name].append(answer(engine.llm_engine, requests, inputs))

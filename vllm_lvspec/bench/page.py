@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from jinja2 import Environment, StrictUndefined
 
+from vllm_lvspec.bench.growth import COST_HEADINGS, GrowthReport, accepted_rows, cost_rows
 from vllm_lvspec.bench.report import figure, profile_markdown
 from vllm_lvspec.bench.results import Report
 from vllm_lvspec.bench.served import ServedReport, shown
@@ -16,8 +17,8 @@ from vllm_lvspec.bench.served import ServedReport, shown
 _TEMPLATE = """\
 # Benchmarks
 
-Made by `make benchmarks-page` from the files in [benchmarks/](benchmarks/), which `lvspec bench` and
-`lvspec bench-serve` have written; what the columns mean is in [bench.md](bench.md). Brackets hold 95 % bootstrap
+Made by `make benchmarks-page` from the files in [benchmarks/](benchmarks/), which `lvspec bench`, `lvspec bench-serve`
+and `lvspec bench-growth` have written; what the columns mean is in [bench.md](bench.md). Brackets hold 95 % bootstrap
 intervals. `ar` is vLLM without speculation, in the same run on the same machine. The bundled pairs are small; with
 `--shape` the target costs what a text model of that size costs, with the same answers.
 {% for name, report in reports.items() %}
@@ -25,8 +26,7 @@ intervals. `ar` is vLLM without speculation, in the same run on the same machine
 
 ## {{ settings.title or name }}
 
-Target `{{ settings.model }}`{% if settings.shape %} in the shape {{ settings.shape }}{% endif %}, drafter \
-`{{ settings.draft or "the plugin's choice" }}`, {{ settings.dtype }}, {{ about(report) }}. \
+{{ models(report) }}, {{ settings.dtype }}, {{ about(report) }}. \
 {{ report.environment.device }}, {{ report.environment.cores }} cores, \
 {% for package, version in report.environment.versions.items() %}\
 {{ package }} {{ version }}{{ ", " if not loop.last }}{% endfor %}; {{ report.environment.date }}.
@@ -40,6 +40,27 @@ Target `{{ settings.model }}`{% if settings.shape %} in the shape {{ settings.sh
 | {{ at_once }} | {{ policy }} |{% for text in shown(served) %} {{ text }} |{% endfor %}
 
 {% endfor %}{% endfor %}
+{% elif is_growth(report) %}
+{% for measured in report.measured %}
+### {{ measured.name }}
+
+The drafter's weights take {{ "%.3f" | format(measured.draft_gib) }} GiB.
+
+| K | tokens per step | decode speed over no drafts |
+|---|---|---|
+{% for length, row in accepted_rows(measured).items() -%}
+| {{ length }} |{% for text in row %} {{ text }} |{% endfor %}
+
+{% endfor %}
+
+| {{ cost_headings | join(" | ") }} |
+|{% for _ in cost_headings %}---|{% endfor %}
+
+{% for row in cost_rows(measured) -%}
+|{% for text in row %} {{ text }} |{% endfor %}
+
+{% endfor %}
+{% endfor %}
 {% else %}
 | policy | tokens per target step | decode speed over ar | of the bound | time to first token over ar | \
 throughput over ar | retention |
@@ -52,6 +73,10 @@ throughput over ar | retention |
 
 {{ profile_markdown(report, "###") }}
 {% endif %}
+{% if name in plots %}
+
+![{{ settings.title or name }}](benchmarks/{{ name }}.png)
+{% endif %}
 {% endfor %}
 """
 
@@ -63,7 +88,13 @@ def page(folder: Path) -> str:
     text = environment.from_string(_TEMPLATE).render(
         reports=reports,
         about=_about,
+        models=_models,
         is_served=lambda report: isinstance(report, ServedReport),
+        is_growth=lambda report: isinstance(report, GrowthReport),
+        plots={path.stem for path in folder.glob("*.png")},
+        accepted_rows=accepted_rows,
+        cost_rows=cost_rows,
+        cost_headings=COST_HEADINGS,
         shown=shown,
         figure=figure,
         profile_markdown=profile_markdown,
@@ -75,13 +106,29 @@ def page(folder: Path) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _read(path: Path) -> Report | ServedReport:
+AnyReport = Report | ServedReport | GrowthReport
+
+
+def _read(path: Path) -> AnyReport:
     content = json.loads(path.read_text())
-    return (ServedReport if "loads" in content else Report).model_validate(content)
+    kinds: dict[str, type[AnyReport]] = {"loads": ServedReport, "measured": GrowthReport}
+    (kind,) = [kinds[key] for key in kinds if key in content] or [Report]
+    return kind.model_validate(content)
 
 
-def _about(report: Report | ServedReport) -> str:
+def _models(report: AnyReport) -> str:
+    if isinstance(report, GrowthReport):
+        return f"The bundled pair {report.settings.family} in the shapes that are named"
+    settings = report.settings
+    shape, draft = f" in the shape {settings.shape}" if settings.shape else "", settings.draft or "the plugin's choice"
+    return f"Target `{settings.model}`{shape}, drafter `{draft}`"
+
+
+def _about(report: AnyReport) -> str:
     """What was asked, and how."""
+    if isinstance(report, GrowthReport):
+        growth = report.settings
+        return f"{growth.samples} captions (seed {growth.seed}), `{growth.policy}`, greedy"
     if isinstance(report, ServedReport):
         settings = report.settings
         return (

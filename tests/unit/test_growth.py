@@ -1,0 +1,104 @@
+"""What a step costs, without an engine."""
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from vllm_lvspec.bench import growth
+from vllm_lvspec.bench.growth import Accepted, GrowthReport, GrowthSettings, Measured, Model, Point, Size
+from vllm_lvspec.bench.page import page
+from vllm_lvspec.bench.results import Environment
+from vllm_lvspec.bench.samples import videofacts
+from vllm_lvspec.cli import app
+
+ACCEPTED = {
+    4: Accepted(tokens_per_step=3.0, tokens_per_step_interval=(2.9, 3.1), speedup=2.0, speedup_interval=(1.9, 2.1))
+}
+# The second turn's machine was half as fast.
+TURNS = {0: [0.1, 0.2, 0.1], 4: [0.15, 0.3, 0.15]}
+
+
+def test_a_step_is_compared_with_that_of_its_own_turn():
+    costs = growth._step_costs(TURNS, ACCEPTED, alone=0.12)
+    assert list(costs) == [0, 4]
+    assert costs[4].over_none == pytest.approx(1.5)
+    assert costs[4].over_none_interval == (pytest.approx(1.5), pytest.approx(1.5))
+    assert costs[4].seconds == 0.15
+    assert costs[4].speedup == pytest.approx(3 / 1.5)
+    assert costs[4].speedup_over_alone == pytest.approx(3 * 0.12 / 0.15)
+    assert (costs[0].over_none, costs[0].speedup) == (1, None)
+    assert costs[0].speedup_over_alone == pytest.approx(0.12 / 0.1)
+    assert growth._step_costs(TURNS, ACCEPTED, alone=None)[4].speedup_over_alone is None
+
+
+def test_videos_of_other_sizes_show_the_same():
+    (sample,) = videofacts(1, 3, ("caption",))
+    frames, _ = sample.load_video()
+    larger, about = growth._sized(sample, Size(48, 224, 112))
+    assert larger.shape == (48, 224, 112, 3)
+    assert about["total_num_frames"] == 48
+    assert np.array_equal(larger[::2, ::2], frames) and np.array_equal(larger[1::2, 1::2], frames)
+    assert np.array_equal(growth._sized(sample, Size(12, 112, 112))[0], frames[::2])
+
+
+def point(**changed) -> Point:
+    return Point(
+        **{
+            "video": "24x112x112", "prompt_tokens": 200, "output_tokens": 16, "batch_size": 1, "alone_seconds": None,
+            "draft_prompt_seconds": 0.01, "prompt_seconds": 0.1, "steps": growth._step_costs(TURNS, ACCEPTED, None),
+            **changed,
+        }
+    )  # fmt: skip
+
+
+def test_page_and_plot_show_every_engine_and_point(tmp_path):
+    measured = Measured(
+        target="32b", drafter="3b:fp8", draft_gib=3.25, accepted=ACCEPTED,
+        points=[point(), point(video="48x112x112", prompt_tokens=392), point(batch_size=8, prompt_tokens=203)],
+    )  # fmt: skip
+    environment = Environment(
+        date="2026-01-02T03:04:05+00:00", command="lvspec bench-growth", versions={"vllm": "0.32.0"}, device="a CPU",
+        cores=2, resumed=False,
+    )  # fmt: skip
+    settings = GrowthSettings(
+        title="At the cost of 32B", family="qwen2_5_vl", policy="lvspec", dtype="float32", spec_tokens=[4], samples=8,
+        seed=1, engine={},
+    )  # fmt: skip
+    report = GrowthReport(environment=environment, settings=settings, measured=[measured, measured])
+    (tmp_path / "3-growth.json").write_text(report.model_dump_json())
+    growth.plot(report, tmp_path / "3-growth.png")
+    text = page(tmp_path)
+    assert "## At the cost of 32B" in text and "### 32b ← 3b:fp8" in text and "take 3.250 GiB" in text
+    assert "| 4 | 3.00 [2.90, 3.10] | 2.00 [1.90, 2.10] |" in text
+    assert "| 392 | 16 | 1 | 4 | 1.50 [1.50, 1.50] | 2.00 | – |" in text
+    assert "![At the cost of 32B](benchmarks/3-growth.png)" in text
+    console = Console(record=True, width=200, quiet=True)
+    console.print(*growth.tables(measured))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--targets", "1b"], "targets='1b': must be own or one of 0.5b"),
+        (["--drafters", ":fp8"], "drafters=':fp8': must be own or one of 0.5b"),
+        (["--videos", "24x112"], "videos='24x112': must be frames x height x width"),
+        (["--videos", "0x112x112"], "videos='0x112x112': must be frames x height x width"),
+        (["--spec-tokens", "0"], "spec_tokens='0': must be one or more, each 1 or more"),
+        (["--spec-tokens", "200"], "spec_tokens=200: must be at most 128"),
+        (["--batch-sizes", "2,2"], "batch_sizes='2,2': must be one or more"),
+        (["--samples", "1"], "samples=1: must be 2 or more"),
+        (["--family", "llava"], "family='llava': must be one of qwen2_5_vl"),
+        (["--json", "x.txt"], "json='x.txt': must end in .json"),
+    ],
+)
+def test_wrong_options_are_named(arguments, said):
+    result = CliRunner().invoke(app, ["bench-growth", "--json", "x.json", *arguments])
+    assert result.exit_code == 2
+    assert said in result.output.replace("\n", " ")
+
+
+def test_models_are_written_as_they_are_read():
+    for text in ("own", "0.5b", "72b:fp8", "own:fp8"):
+        assert str(Model.parse("targets", text)) == text
+    assert str(Size.parse("64x448x672")) == "64x448x672"

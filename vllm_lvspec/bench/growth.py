@@ -1,0 +1,591 @@
+"""`lvspec bench-growth`: what a step costs with drafts and without, by length of video and answer, batch size and K.
+
+What is accepted is measured where the bundled pair knows what it says: on captions of videos of the kind that it was
+trained with. What a step costs does not hang on what is said, so that it can be measured over videos and answers of any
+length, at the cost of targets and drafters of any shape. All lengths of drafts take turns, every few steps, within one
+answer, so that they share the machine's good and bad minutes, and every prompt is read only once.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig
+
+from vllm_lvspec.bench.command import LARGEST_BLOCK, BenchError, environment, kv_cache_bytes
+from vllm_lvspec.bench.lengths import SteeredDrafter, answer, ratios
+from vllm_lvspec.bench.results import Environment, Interval, StrictModel
+from vllm_lvspec.bench.run import prompt_writer, running_engine, turned
+from vllm_lvspec.bench.samples import Sample, Video, videofacts
+from vllm_lvspec.bench.videofacts.scene import video_item
+from vllm_lvspec.config import MAX_SPECULATIVE_TOKENS, METHOD
+from vllm_lvspec.reference import PAIRS
+from vllm_lvspec.reference.upscale import TEXT_SHAPES, text_shape, upscaled
+
+MEASURED_STEPS = 4  # that follow each other with drafts of one length, behind one that counts for neither
+CYCLES = 5  # times that all lengths have their turn
+_QUESTION_TOKENS = 64  # by which questions may differ in length
+
+
+class Accepted(StrictModel):
+    """Captions with drafts of K tokens, with 95 % bootstrap intervals over videos."""
+
+    tokens_per_step: float = Field(description="T: tokens per target step, first tokens apart")
+    tokens_per_step_interval: Interval
+    speedup: float = Field(description="decode speed over that of the same engine without drafts, as it was measured")
+    speedup_interval: Interval
+
+
+class StepCost(StrictModel):
+    """A step with drafts of K tokens, or without."""
+
+    seconds: float = Field(description="median over turns of the mean of a turn's steps")
+    over_none: float = Field(
+        description="1 + K c + o: geometric mean over turns of the seconds over those of the turn without drafts"
+    )
+    over_none_interval: Interval = Field(description="95 % bootstrap over turns")
+    speedup: float | None = Field(
+        description="T / (1 + K c + o), of the decode speed without drafts; null without drafts"
+    )
+    speedup_over_alone: float | None = Field(
+        description="the same over vLLM's own engine without this package, which ran at another time; null without it"
+    )
+
+
+class Point(StrictModel):
+    """One length of video and answer, and one number of requests."""
+
+    video: str = Field(description="frames x height x width, in pixels")
+    prompt_tokens: int = Field(description="of each request; all but the question's few are visual")
+    output_tokens: int = Field(description="of each answer, about where the steps were measured")
+    batch_size: int = Field(description="requests that all decode")
+    alone_seconds: float | None = Field(description="of a step of vLLM's own engine; null where it was not asked")
+    draft_prompt_seconds: float | None = Field(
+        description="the drafter's for its view of a request's prompt; null for answers measured further on"
+    )
+    prompt_seconds: float | None = Field(
+        description="from a request's arrival to its first token with the drafter's prompt; null likewise, and for "
+        "several requests"
+    )
+    steps: dict[int, StepCost] = Field(description="by K; 0: without drafts")
+
+
+class Measured(StrictModel):
+    """One target with one drafter."""
+
+    target: str = Field(description="shape, and quantisation behind a colon")
+    drafter: str = Field(description="likewise; `own`: the bundled drafter as it is")
+    draft_gib: float = Field(description="the drafter's weights per rank, as loaded")
+    accepted: dict[int, Accepted] = Field(description="by K")
+    points: list[Point]
+
+    @property
+    def name(self) -> str:
+        return f"{self.target} ← {self.drafter}"
+
+
+class GrowthSettings(StrictModel):
+    """What was asked for."""
+
+    title: str | None = Field(description="what the run shows")
+    family: str = Field(description="bundled pair")
+    policy: str = Field(description="of the verifier, for what is accepted")
+    dtype: str
+    spec_tokens: list[int] = Field(description="values of K")
+    samples: int = Field(description="captions whose drafts were counted")
+    seed: int = Field(description="of their scenes")
+    engine: dict[str, Any] = Field(description="more arguments of vLLM's engine")
+
+
+class GrowthReport(StrictModel):
+    """The whole file."""
+
+    environment: Environment
+    settings: GrowthSettings
+    measured: list[Measured]
+
+
+class Model(NamedTuple):
+    """What a text model costs: `32b`, `72b:fp8`, `own`."""
+
+    shape: str | None
+    quantization: str | None
+
+    def __str__(self) -> str:
+        return (self.shape or "own") + (f":{self.quantization}" if self.quantization else "")
+
+    @classmethod
+    def parse(cls, key: str, text: str) -> Model:
+        """Raises BenchError, which names the option `key`."""
+        shape, _, quantization = text.partition(":")
+        if shape != "own" and shape not in TEXT_SHAPES:
+            raise BenchError(f"{key}={text!r}: must be own or one of {', '.join(TEXT_SHAPES)}, maybe with :fp8 behind")
+        return cls(None if shape == "own" else shape, quantization or None)
+
+
+class Size(NamedTuple):
+    """A video's, in frames and pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        """Raises BenchError."""
+        parts = text.split("x")
+        if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+            raise BenchError(f"videos={text!r}: must be frames x height x width, like 64x448x672")
+        return cls(*map(int, parts))
+
+
+@dataclass(frozen=True)
+class GrowthOptions:
+    """What to measure. `videos`, `batch_sizes` and `output_tokens` are gone through one at a time, from the first of
+    each."""
+
+    json_path: Path
+    title: str | None = None
+    family: str = "qwen2_5_vl"
+    policy: str = "lvspec"
+    targets: Sequence[Model] = (Model("0.5b", None),)
+    drafters: Sequence[Model] = (Model(None, None),)
+    spec_tokens: Sequence[int] = (10,)
+    videos: Sequence[Size] = (Size(24, 112, 112),)
+    batch_sizes: Sequence[int] = (1,)
+    output_tokens: Sequence[int] = (16,)
+    samples: int = 8
+    seed: int = 1
+    dtype: str = "float32"
+    engine_arguments: dict[str, Any] = field(default_factory=dict)
+    alone: bool = True
+    minutes: float | None = None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where steps are measured: at one video and batch size, at some lengths of the answer (ascending)."""
+
+    video: Size
+    batch_size: int
+    output_tokens: tuple[int, ...]
+
+
+def run_growth(options: GrowthOptions, console: Console, command: Sequence[str] = ()) -> GrowthReport:
+    """Measure, write JSON and plots, show a table. Raises ValueError for an option that can't work.
+
+    The file is written anew behind every engine; once `minutes` have passed, no further one is started.
+    """
+    _check(options)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the drafter must be within reach
+    report = GrowthReport(
+        environment=environment(command),
+        settings=GrowthSettings(
+            title=options.title,
+            family=options.family,
+            policy=options.policy,
+            dtype=options.dtype,
+            spec_tokens=list(options.spec_tokens),
+            samples=options.samples,
+            seed=options.seed,
+            engine=options.engine_arguments,
+        ),
+        measured=[],
+    )
+    options.json_path.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    for target in options.targets:
+        alone: dict[tuple[Size, int, int], float] = {}
+        for number, drafter in enumerate(options.drafters):
+            if report.measured and options.minutes and time.perf_counter() - started > 60 * options.minutes:
+                console.print(f"{target} ← {drafter}: left out, because {options.minutes:g} minutes have passed")
+                continue
+            if options.alone and number == 0:
+                console.print(f"{target}: vLLM without this package ...")
+                alone = _measure_alone(options, target)
+            console.print(f"{target} ← {drafter} ...")
+            measured = _measure(options, target, drafter, alone)
+            report.measured.append(measured)
+            options.json_path.write_text(report.model_dump_json(indent=1) + "\n")
+            console.print(*tables(measured), sep="\n")
+    plot(report, options.json_path.with_suffix(".png"))
+    console.print(f"written: {options.json_path}, {options.json_path.with_suffix('.png')}")
+    return report
+
+
+def _check(options: GrowthOptions) -> None:
+    if options.json_path.suffix != ".json":
+        raise BenchError(f"json={str(options.json_path)!r}: must end in .json; plots go beside it")
+    if options.family not in PAIRS:
+        raise BenchError(f"family={options.family!r}: must be one of {', '.join(PAIRS)}")
+    for key in ("spec_tokens", "batch_sizes", "output_tokens"):
+        values = getattr(options, key)
+        if not values or min(values) < 1 or len(set(values)) < len(values):
+            raise BenchError(f"{key}={','.join(map(str, values))!r}: must be one or more, each 1 or more, each once")
+    if max(options.spec_tokens) > MAX_SPECULATIVE_TOKENS:
+        raise BenchError(f"spec_tokens={max(options.spec_tokens)}: must be at most {MAX_SPECULATIVE_TOKENS}")
+    if options.samples < 2:
+        raise BenchError(f"samples={options.samples}: must be 2 or more; an interval is made over them")
+
+
+def _places(options: GrowthOptions) -> Iterator[_Place]:
+    first = (min(options.output_tokens),)
+    yield _Place(options.videos[0], 1, tuple(sorted(options.output_tokens)))
+    for video in options.videos[1:]:
+        yield _Place(video, 1, first)
+    for batch_size in options.batch_sizes:
+        if batch_size > 1:
+            yield _Place(options.videos[0], batch_size, first)
+
+
+# Engines -------------------------------------------------------------------------------------------------------------
+
+
+def _arguments(options: GrowthOptions, target: Model) -> tuple[str, dict[str, Any], int]:
+    """Model, arguments of its engine, and requests at once."""
+    path = str(PAIRS[options.family].target)
+    budget = max(options.output_tokens) + _steps_of_a_place(options) * (1 + max(options.spec_tokens))
+    lengths = {
+        place: _num_prompt_tokens(options, place.video) + _QUESTION_TOKENS + budget for place in _places(options)
+    }
+    longest = max(lengths.values())
+    arguments: dict[str, Any] = {"dtype": options.dtype, "max_model_len": longest}
+    shape = text_shape(AutoConfig.from_pretrained(path))
+    if target.shape is not None:
+        arguments |= upscaled(path, target.shape)
+        shape = TEXT_SHAPES[target.shape]
+        path = arguments.pop("model")
+    if target.quantization is not None:
+        arguments["quantization"] = target.quantization
+    most = max(place.batch_size for place in lengths)
+    # As if it were one request with the tokens of all.
+    together = max(place.batch_size * (length + 2 * LARGEST_BLOCK) for place, length in lengths.items())
+    arguments["kv_cache_memory_bytes"] = kv_cache_bytes(shape, options.dtype, together, 1)
+    return path, {**arguments, **options.engine_arguments}, most
+
+
+def _num_prompt_tokens(options: GrowthOptions, size: Size) -> int:
+    """Of a question about a video of this size, by the checkpoint's own processor."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(str(PAIRS[options.family].target))
+    (sample,) = videofacts(1, options.seed, ("caption",))
+    content = [{"type": "video"}, {"type": "text", "text": sample.question}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return len(processor(text=[text], videos=[np.zeros((*size, 3), np.uint8)])["input_ids"][0])
+
+
+def _steps_of_a_place(options: GrowthOptions) -> int:
+    return (MEASURED_STEPS + 1) * CYCLES * (1 + len(options.spec_tokens)) + 1
+
+
+def _measure_alone(options: GrowthOptions, target: Model) -> dict[tuple[Size, int, int], float]:
+    """Seconds of a step of vLLM's own engine, with the runner and the scheduler that it has by default."""
+    model, arguments, most = _arguments(options, target)
+    _free_memory()
+    with running_engine(model, None, most, arguments) as llm:
+        return {
+            (place.video, place.batch_size, mark): float(np.median(turns[0]))
+            for place in _places(options)
+            for mark, turns in _walk(llm, place, options, [0], lambda length: None).marks.items()
+        }
+
+
+def _measure(
+    options: GrowthOptions, target: Model, drafter: Model, alone: dict[tuple[Size, int, int], float]
+) -> Measured:
+    model, arguments, most = _arguments(options, target)
+    draft = str(PAIRS[options.family].draft)
+    config: dict[str, Any] = {
+        "method": METHOD, "model": draft, "policy": options.policy, "only_if_faster": False,
+        "num_speculative_tokens": max(options.spec_tokens),
+    }  # fmt: skip
+    if drafter.shape is not None:
+        config["draft_hf_overrides"] = upscaled(draft, drafter.shape)["hf_overrides"]
+    if drafter.quantization is not None:
+        config["draft_quantization"] = drafter.quantization
+    _free_memory()
+    with running_engine(model, config, most, arguments) as llm:
+        steered = SteeredDrafter(llm)
+        accepted = _accepted(llm, steered, options)
+        points = []
+        for place in _places(options):
+            walked = _walk(llm, place, options, [0, *options.spec_tokens], steered.set_length)
+            for number, (mark, turns) in enumerate(walked.marks.items()):
+                seconds = alone.get((place.video, place.batch_size, mark))
+                points.append(
+                    Point(
+                        video=str(place.video),
+                        prompt_tokens=walked.prompt_tokens,
+                        output_tokens=mark,
+                        batch_size=place.batch_size,
+                        alone_seconds=seconds,
+                        draft_prompt_seconds=walked.draft_seconds if number == 0 else None,
+                        prompt_seconds=walked.prompt_seconds if number == 0 and place.batch_size == 1 else None,
+                        steps=_step_costs(turns, accepted, seconds),
+                    )
+                )
+        return Measured(
+            target=str(target),
+            drafter=str(drafter),
+            draft_gib=steered.drafter.model.num_weight_bytes / 2**30,
+            accepted=accepted,
+            points=points,
+        )
+
+
+def _free_memory() -> None:
+    """Of an engine that is gone: the next one may need most of it."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# What is measured ----------------------------------------------------------------------------------------------------
+
+
+def _accepted(llm: Any, steered: SteeredDrafter, options: GrowthOptions) -> dict[int, Accepted]:
+    """Captions in every length of drafts and without, in turn; the first of all is not counted."""
+    num_frames = PAIRS[options.family].num_frames
+    samples = videofacts(1 + options.samples, options.seed, ("caption",), num_frames=num_frames)
+    write = prompt_writer(llm)
+    found = defaultdict(list)
+    lengths = [0, *options.spec_tokens]
+    for number, sample in enumerate(samples):
+        inputs = write(sample)
+        for length in map(int, turned([str(length) for length in lengths], number)):
+            steered.set_length(length)
+            measured = answer(llm.llm_engine, [f"{sample.name}-{length}"], [inputs])
+            if number:
+                found[length].append(measured)
+    speeds = {length: np.array([m.decoded / m.decode_seconds for m in each]) for length, each in found.items()}
+    return {
+        length: Accepted(
+            **_with_interval("tokens_per_step", [(m.decoded, m.steps) for m in found[length]]),
+            **dict(zip(("speedup", "speedup_interval"), _split(ratios(speeds[length], speeds[0])), strict=True)),
+        )
+        for length in options.spec_tokens
+    }
+
+
+def _split(found: tuple[float, float, float]) -> tuple[float, Interval]:
+    return found[0], (found[1], found[2])
+
+
+def _with_interval(name: str, parts: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Ratio of sums, and its 95 % bootstrap interval."""
+    above, below = np.array(parts, dtype=float).T
+    rows = np.random.default_rng(0).integers(0, len(above), (2000, len(above)))
+    low, high = np.percentile(above[rows].sum(1) / below[rows].sum(1), [2.5, 97.5])
+    return {name: float(above.sum() / below.sum()), f"{name}_interval": (float(low), float(high))}
+
+
+@dataclass(frozen=True)
+class _Walked:
+    """`marks`: by length of the answer and of drafts, seconds per step of every turn."""
+
+    prompt_tokens: int
+    prompt_seconds: float
+    draft_seconds: float | None
+    marks: dict[int, dict[int, list[float]]]
+
+
+def _walk(
+    llm: Any, place: _Place, options: GrowthOptions, lengths: Sequence[int], set_length: Callable[[int], None]
+) -> _Walked:
+    """Answers without end, with drafts as long as can be from mark to mark, where all lengths have their turns."""
+    from vllm import SamplingParams
+
+    core = llm.llm_engine
+    write = prompt_writer(llm)
+    samples = videofacts(place.batch_size, options.seed + 1, ("caption",))
+    inputs = [write(replace(sample, load_video=partial(_sized, sample, place.video))) for sample in samples]
+    names = [f"{place.video}-{place.batch_size}-{i}" for i in range(place.batch_size)]
+    before = _draft_seconds(llm)
+    set_length(max(lengths))
+    started = time.perf_counter()
+    for name, prompt in zip(names, inputs, strict=True):
+        room = core.model_config.max_model_len
+        core.add_request(name, prompt, SamplingParams(temperature=0, max_tokens=room, ignore_eos=True))
+    told: dict[str, int] = {}
+    prompt_tokens = 0
+
+    def step() -> None:
+        nonlocal prompt_tokens
+        while not (outputs := core.step()):  # vLLM's own engine schedules a step ahead, and reports nothing at first
+            pass
+        for output in outputs:
+            told[output.request_id] = len(output.outputs[0].token_ids)
+            prompt_tokens = len(output.prompt_token_ids)
+
+    while len(told) < len(names):
+        step()
+    prompt_seconds = time.perf_counter() - started
+    marks: dict[int, dict[int, list[float]]] = {}
+    for mark in place.output_tokens:
+        set_length(max(lengths))
+        while min(told.values()) < mark:
+            step()
+        turns: dict[int, list[float]] = defaultdict(list)
+        for cycle in range(CYCLES):
+            for length in map(int, turned([str(length) for length in lengths], cycle)):
+                set_length(length)
+                step()  # verifies what was drafted before
+                begun = time.perf_counter()
+                for _ in range(MEASURED_STEPS):
+                    step()
+                turns[length].append((time.perf_counter() - begun) / MEASURED_STEPS)
+        marks[mark] = dict(turns)
+    after = _draft_seconds(llm)
+    core.abort_request(names)
+    while core.has_unfinished_requests():
+        core.step()
+    drafting = None if before is None or after is None else (after - before) / len(names)
+    return _Walked(prompt_tokens, prompt_seconds, drafting, marks)
+
+
+def _sized(sample: Sample, size: Size) -> Video:
+    """The sample's video in `size`: frames repeated or left out, pixels likewise."""
+    frames, _ = sample.load_video()
+    picks = [np.arange(new) * old // new for new, old in zip(size, frames.shape, strict=False)]
+    return video_item(frames[np.ix_(*picks)])
+
+
+def _draft_seconds(llm: Any) -> float | None:
+    """The drafter's over all prompts; None without one."""
+    if METHOD not in llm.llm_engine.vllm_config.additional_config:
+        return None
+    return llm.collective_rpc("lvspec_step_times")[0]["prefill_seconds"]
+
+
+def _step_costs(
+    turns: dict[int, list[float]], accepted: dict[int, Accepted], alone: float | None
+) -> dict[int, StepCost]:
+    costs = {}
+    none = np.array(turns[0])
+    for length, seconds in turns.items():
+        over, interval = _split(ratios(np.array(seconds), none))
+        per_step = accepted[length].tokens_per_step if length else 1.0
+        costs[length] = StepCost(
+            seconds=float(np.median(seconds)),
+            over_none=over,
+            over_none_interval=interval,
+            speedup=per_step / over if length else None,
+            speedup_over_alone=None if alone is None else per_step * alone / float(np.median(seconds)),
+        )
+    return dict(sorted(costs.items()))
+
+
+# What is shown -------------------------------------------------------------------------------------------------------
+
+
+def tables(measured: Measured) -> list[Table]:
+    """What was accepted, and what steps cost."""
+    accepted = Table("K", "tokens per step", "decode speed over no drafts", title=f"{measured.name}: captions")
+    for length, row in accepted_rows(measured).items():
+        accepted.add_row(str(length), *row)
+    costs = Table(*COST_HEADINGS, title=f"{measured.name}: steps")
+    for row in cost_rows(measured):
+        costs.add_row(*row)
+    return [accepted, costs]
+
+
+COST_HEADINGS = ("prompt", "output", "batch", "K", "step over one without drafts", "T over it", "over vLLM alone")
+
+
+def accepted_rows(measured: Measured) -> dict[int, list[str]]:
+    """By K: tokens per step and speed, with intervals."""
+    return {
+        length: [
+            _figure(seen.tokens_per_step, seen.tokens_per_step_interval),
+            _figure(seen.speedup, seen.speedup_interval),
+        ]
+        for length, seen in measured.accepted.items()
+    }
+
+
+def cost_rows(measured: Measured) -> list[list[str]]:
+    """A row for each point and K, under `COST_HEADINGS`."""
+    rows = []
+    for point in measured.points:
+        for length, cost in point.steps.items():
+            if not length:
+                continue
+            over_alone = "–" if cost.speedup_over_alone is None else f"{cost.speedup_over_alone:.2f}"
+            rows.append(
+                [
+                    *map(str, (point.prompt_tokens, point.output_tokens, point.batch_size, length)),
+                    _figure(cost.over_none, cost.over_none_interval),
+                    f"{cost.speedup:.2f}",
+                    over_alone,
+                ]
+            )
+    return rows
+
+
+def _figure(value: float, interval: Interval) -> str:
+    return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
+# What is gone through, and what its places are labelled with.
+_PANELS = (
+    ("video", "prompt_tokens", "tokens of the prompt"),
+    ("batch_size", "batch_size", "requests"),
+    ("output_tokens", "output_tokens", "tokens said"),
+)
+
+
+def plot(report: GrowthReport, path: Path) -> None:
+    """T / (1 + K c + o) over what was gone through, a line for each K, and over K, as a PNG; a row for each engine."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    count = len(report.measured)
+    figure, axes = pyplot.subplots(count, 4, figsize=(15, 3.2 * count), layout="constrained", squeeze=False)
+    for row, measured in zip(axes, report.measured, strict=True):
+        first = measured.points[0]
+        for axis, (gone_through, key, label) in zip(row, _PANELS, strict=False):
+            fixed = [name for name, *_ in _PANELS if name != gone_through]
+            points = [p for p in measured.points if all(getattr(p, name) == getattr(first, name) for name in fixed)]
+            points.sort(key=attrgetter(key))
+            for length in measured.accepted:
+                places = [getattr(point, key) for point in points]
+                axis.plot(places, [point.steps[length].speedup for point in points], "o-", label=f"K = {length}")
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(places, [str(place) for place in places])
+            axis.set_xlabel(label, fontsize="small")
+        lengths = sorted(measured.accepted)
+        row[3].plot(lengths, [first.steps[length].speedup for length in lengths], "o-", label="T / (1 + K c + o)")
+        seen = [measured.accepted[length] for length in lengths]
+        errors = np.array([[s.speedup - s.speedup_interval[0], s.speedup_interval[1] - s.speedup] for s in seen]).T
+        row[3].errorbar(lengths, [s.speedup for s in seen], np.maximum(errors, 0), fmt="s", capsize=2, label="captions")
+        row[3].set_xlabel("K", fontsize="small")
+        row[3].set_xticks(lengths)
+        for axis in row:
+            axis.axhline(1, color="grey", linewidth=0.8, zorder=0)
+            axis.set_ylim(bottom=0)
+        row[0].set_ylabel(f"{measured.name}\nspeed over no drafts", fontsize="small")
+        row[0].legend(fontsize="x-small")
+        row[3].legend(fontsize="x-small")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
