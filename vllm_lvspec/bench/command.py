@@ -278,7 +278,7 @@ def _progress(console: Console) -> Progress:
 
 
 def environment(command: Sequence[str]) -> Environment:
-    """This machine, now."""
+    """This machine, now, and what was asked of it: vLLM's variables that were set stand before the command."""
     import torch
 
     versions = {"python": platform.python_version()}
@@ -290,12 +290,18 @@ def environment(command: Sequence[str]) -> Environment:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return Environment(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join(command or ["lvspec", *sys.argv[1:]]),
+        command=" ".join([*_variables(), shlex.join(command or ["lvspec", *sys.argv[1:]])]),
         versions=versions,
         device=device,
         cores=len(os.sched_getaffinity(0)),
         resumed=False,
     )
+
+
+def _variables() -> list[str]:
+    """vLLM's, as they are set on a command line; what it logs changes no figure."""
+    names = sorted(name for name in os.environ if name.startswith("VLLM_") and name != "VLLM_LOGGING_LEVEL")
+    return [f"{name}={shlex.quote(os.environ[name])}" for name in names]
 
 
 def _dates(model: str) -> list[float]:

@@ -193,9 +193,10 @@ def run_growth(options: GrowthOptions, console: Console, command: Sequence[str] 
     The file is written anew behind every engine; once `minutes` have passed, no further one is started.
     """
     _check(options)
+    here = environment(command)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the drafter must be within reach
     report = GrowthReport(
-        environment=environment(command),
+        environment=here,
         settings=GrowthSettings(
             title=options.title,
             family=options.family,

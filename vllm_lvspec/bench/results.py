@@ -158,7 +158,7 @@ class Environment(StrictModel):
     """Where and with what a run was made."""
 
     date: str = Field(description="start, UTC, ISO 8601")
-    command: str = Field(description="the command line")
+    command: str = Field(description="the command line, with the variables of vLLM that were set")
     versions: dict[str, str] = Field(description="vllm_lvspec, vllm, torch, transformers, triton, python")
     device: str = Field(description="GPU's name, or CPU's")
     cores: int = Field(description="CPU cores that the process may use")
