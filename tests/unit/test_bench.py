@@ -121,6 +121,26 @@ def test_what_drafting_costs_a_prompt_is_said_per_answer(report):
     assert asked_thrice.policies["strict"].draft_prefill_seconds == pytest.approx(0.1)
 
 
+def test_throughput_is_that_of_whole_batches():
+    """Of two that run at once the second ends right behind the first, and the clock counts for both."""
+    samples = videofacts(6, 1, ["caption"])
+    seconds = {"ar": [6.0, 0.1, 6.0, 0.1, 6.0, 0.1], "strict": [3.0, 0.05, 2.0, 0.05, 3.0, 0.05]}
+    runs = {
+        name: PolicyRun(
+            [
+                replace(answer(name, s.name, 3, 2, 1.0), wall_seconds=wall)
+                for s, wall in zip(samples, each, strict=True)
+            ],
+            None,
+        )
+        for name, each in seconds.items()
+    }
+    found = summarise(runs, samples, settings_for(samples, list(runs), batch_size=2), ENVIRONMENT)
+    strict = found.policies["strict"]
+    assert strict.throughput_over_ar == pytest.approx(18.3 / 8.15)
+    assert strict.intervals["throughput_over_ar"] == (pytest.approx(2.0), pytest.approx(6.1 / 2.05))
+
+
 def test_a_part_of_what_runs_at_once_has_no_throughput():
     samples = videofacts(2, 1, ["caption", "choice"])
     runs = {name: PolicyRun([answer(name, s.name, 3, 2, 1.0) for s in samples], None) for name in ("ar", "strict")}
@@ -797,6 +817,11 @@ def test_every_figure_of_servers_is_explained():
 def test_servers_are_not_started_with_wrong_options(options, said):
     with pytest.raises((BenchError, PeerError), match=said):
         served.run_served(served.ServeOptions(**{"json_path": Path("x.json"), **options}), Console(quiet=True))
+
+
+def test_the_published_page_is_what_its_files_make():
+    docs = Path(__file__).parents[2] / "docs"
+    assert (docs / "benchmarks.md").read_text() == page(docs / "benchmarks"), "make benchmarks-page"
 
 
 def test_the_page_of_benchmarks_is_made_from_their_files(report, tmp_path):

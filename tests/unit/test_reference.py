@@ -225,10 +225,13 @@ def test_what_is_trained_on_is_what_the_chat_template_writes(name, tokenizer, tm
     family = FAMILIES[name]
     family.save_checkpoint(family.build_model(family.SHAPES["draft"], tokenizer), build_tokenizer(), str(tmp_path))
     content = [{"type": "video"}, {"type": "text", "text": "What?"}]
-    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    theirs, turned = (
+        tokenizer.apply_chat_template([{"role": "user", "content": c}], add_generation_prompt=True, tokenize=False)
+        for c in (content, content[::-1])
     )
     assert theirs == f"{USER_TURN}{family.BEFORE_VISUAL}<|video_pad|>{family.AFTER_VISUAL}What?{ASSISTANT_TURN}"
+    assert turned == theirs
 
 
 @pytest.fixture

@@ -342,18 +342,20 @@ def plot(report: Report, path: Path) -> None:
     for axis, (key, title) in zip(axes, panels, strict=True):
         for i, name in enumerate(names):
             result = report.policies[name]
-            shown = [(x, f) for x, f in enumerate([result, *result.tasks.values()]) if getattr(f, key) is not None]
+            whole = [result] if len(tasks) > 1 else []
+            shown = [(x, f) for x, f in enumerate([*whole, *result.tasks.values()]) if getattr(f, key) is not None]
             if not shown:
                 continue
             values = [getattr(f, key) for _, f in shown]
             errors = _errors([f for _, f in shown], key)
             places = [x + (i - (len(names) - 1) / 2) * width for x, _ in shown]
             axis.bar(places, values, width, yerr=errors, capsize=2, label=name, error_kw={"elinewidth": 0.8})
-        axis.set_xticks(range(len(tasks) + 1), ["all", *tasks], rotation=20)
+        groups = ["all", *tasks] if len(tasks) > 1 else tasks
+        axis.set_xticks(range(len(groups)), groups, rotation=20)
         axis.set_title(title)
         if key != "mean_accepted_length":
             axis.axhline(1, color="grey", linewidth=0.8, zorder=0)
-    axes[0].margins(y=0.25)  # room for the names
-    axes[0].legend(fontsize="small", loc="upper left", ncols=len(names))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 4), fontsize="small")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -1,7 +1,7 @@
 """What a run is worth: figures with intervals, and the JSON that holds them.
 
 Intervals are 95 % bootstrap over videos: the answers to one video stay together, and two policies are compared on the
-same draws.
+same draws. Those of throughput are over batches, because what runs at once shares the wall clock.
 """
 
 from __future__ import annotations
@@ -210,18 +210,16 @@ class _Sums:
 
     def __init__(self, answers: Sequence[Answer], samples: Sequence[Sample], scores: Sequence[Score | None]):
         videos = {name: i for i, name in enumerate(dict.fromkeys(s.video_name for s in samples))}
-        rows = np.array([videos[s.video_name] for s in samples])
+        self.rows = np.array([videos[s.video_name] for s in samples])
 
         def by_video(values: Sequence[float]) -> np.ndarray:
-            return np.bincount(rows, np.asarray(values, float), len(videos))
+            return np.bincount(self.rows, np.asarray(values, float), len(videos))
 
         self.tokens = by_video([max(len(a.token_ids) - 1, 0) for a in answers])
         self.steps = by_video([a.steps for a in answers])
         self.seconds = by_video([a.last_token_seconds - a.first_token_seconds for a in answers])
         self.answers = by_video([1.0 for _ in answers])
         self.first_token_seconds = by_video([a.first_token_seconds for a in answers])
-        self.all_tokens = by_video([len(a.token_ids) for a in answers])
-        self.wall_seconds = by_video([a.wall_seconds for a in answers])
         self.accuracy = by_video([0.0 if s is None else s.accuracy for s in scores])
         self.scored = by_video([float(s is not None) for s in scores])
         self.in_order = by_video([float(bool(s and s.order_right)) for s in scores])
@@ -233,8 +231,13 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
         return above / below
 
 
-def figures(answers: Sequence[Answer], samples: Sequence[Sample], baseline: Sequence[Answer] | None) -> Figures:
-    """Figures of `answers` to `samples`, compared with those of `baseline`; all three in the same order."""
+def figures(
+    answers: Sequence[Answer], samples: Sequence[Sample], baseline: Sequence[Answer] | None, batch_size: int = 1
+) -> Figures:
+    """Figures of `answers` to `samples`, compared with those of `baseline`; all three in the same order.
+
+    Of requests that ran at once the wall clock's seconds are of all together, so that throughput is drawn by batches.
+    """
     scores = [s.score(a.text) if s.score else None for a, s in zip(answers, samples, strict=True)]
     own = _Sums(answers, samples, scores)
     base = None
@@ -244,15 +247,14 @@ def figures(answers: Sequence[Answer], samples: Sequence[Sample], baseline: Sequ
         base = _Sums(baseline, samples, base_scores)
         same = sum(a.token_ids == b.token_ids for a, b in zip(answers, baseline, strict=True)) / len(answers)
     num_videos = len(own.tokens)
-    picks = np.random.default_rng(0).integers(0, num_videos, (NUM_DRAWS, num_videos))
-    everything = np.arange(num_videos)[None]
+    together = np.arange(len(answers)) // batch_size if batch_size > 1 else own.rows
     intervals: dict[str, Interval] = {}
 
-    def estimate(name: str, compute: Callable[[np.ndarray], np.ndarray]) -> float | None:
-        value = float(compute(everything)[0])
+    def estimate(name: str, compute: Callable[[np.ndarray], np.ndarray], count: int = num_videos) -> float | None:
+        value = float(compute(np.arange(count)[None])[0])
         if not np.isfinite(value):
             return None
-        draws = compute(picks)
+        draws = compute(np.random.default_rng(0).integers(0, count, (NUM_DRAWS, count)))
         low, high = np.percentile(draws[np.isfinite(draws)], [2.5, 97.5])
         intervals[name] = (float(low), float(high))
         return value
@@ -266,8 +268,13 @@ def figures(answers: Sequence[Answer], samples: Sequence[Sample], baseline: Sequ
     def speed(sums: _Sums, rows: np.ndarray) -> np.ndarray:
         return _ratio(total(sums.tokens, rows), total(sums.seconds, rows))
 
-    def throughput(sums: _Sums, rows: np.ndarray) -> np.ndarray:
-        return _ratio(total(sums.all_tokens, rows), total(sums.wall_seconds, rows))
+    def throughput(rows: np.ndarray) -> np.ndarray:
+        speeds = []
+        for each in (answers, baseline or answers):
+            tokens = np.bincount(together, [len(a.token_ids) for a in each])
+            seconds = np.bincount(together, [a.wall_seconds for a in each])
+            speeds.append(_ratio(total(tokens, rows), total(seconds, rows)))
+        return _ratio(*speeds)
 
     def first_token(sums: _Sums, rows: np.ndarray) -> np.ndarray:
         return _ratio(total(sums.first_token_seconds, rows), total(sums.answers, rows))
@@ -291,7 +298,7 @@ def figures(answers: Sequence[Answer], samples: Sequence[Sample], baseline: Sequ
         same_answers=same,
         speedup=compared("speedup", speed),
         first_token_over_ar=compared("first_token_over_ar", first_token),
-        throughput_over_ar=compared("throughput_over_ar", throughput),
+        throughput_over_ar=None if base is None else estimate("throughput_over_ar", throughput, together.max() + 1),
         intervals=intervals,
     )
 
@@ -338,10 +345,10 @@ def summarise(
 ) -> Report:
     """All figures of a run; `runs[policy].answers` stand in the order of `samples`."""
     baseline = runs[BASELINE].answers if BASELINE in runs else None
-    base = None if baseline is None else figures(baseline, samples, baseline)
+    base = None if baseline is None else figures(baseline, samples, baseline, settings.batch_size)
     policies = {}
     for name, run in runs.items():
-        own = figures(run.answers, samples, baseline)
+        own = figures(run.answers, samples, baseline, settings.batch_size)
         bound = None
         if base is not None and settings.batch_size == 1:
             bound = _bound(run, own, base)
@@ -374,7 +381,7 @@ def _figures_by(
     for group in dict.fromkeys(g for g in groups if g):
         rows = [i for i, g in enumerate(groups) if g == group]
         part = None if baseline is None else [baseline[i] for i in rows]
-        found = figures([answers[i] for i in rows], [samples[i] for i in rows], part)
+        found = figures([answers[i] for i in rows], [samples[i] for i in rows], part, batch_size)
         if batch_size > 1:  # the wall clock's seconds are of all that ran at once
             found.throughput_over_ar = None
             found.intervals.pop("throughput_over_ar", None)
