@@ -33,6 +33,7 @@ from vllm_lvspec.config import LVSpecConfig, LVSpecConfigError
 from vllm_lvspec.draft.drafter import DraftBatch, Drafted
 from vllm_lvspec.draft.pages import PagePool
 from vllm_lvspec.engine.compatibility import draft_model_config, draft_vllm_config, unfit_quantization
+from vllm_lvspec.engine.decode_graphs import DecodeGraphs, may_be_recorded, prepare_for_graphs
 from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
 from vllm_lvspec.kernels.advance_decode import advance_decode
 
@@ -55,10 +56,12 @@ class VLLMDraftModel:
 
     copies = False
     model: Any
+    graphs: DecodeGraphs | None = None  # of its decode steps
 
     def __init__(self, vllm_config: VllmConfig, config: LVSpecConfig, device: torch.device):
         model_config = draft_model_config(vllm_config.model_config, config)
         self._prepare(draft_vllm_config(vllm_config, model_config), vllm_config.model_config, device)
+        prepare_for_graphs(self.vllm_config, vllm_config, device)
         try:
             self.model = get_model(vllm_config=self.vllm_config)
         except (NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
@@ -151,25 +154,43 @@ class VLLMDraftModel:
         return embeddings.flatten(0, -2)
 
     def forward(self, batch: DraftBatch, logits_rows: torch.Tensor, with_probs: bool = False) -> Drafted:
-        num_tokens = len(batch.token_ids)
+        hidden = None if self.graphs is None else self.graphs.hidden(batch)
+        if hidden is None:
+            hidden = self.run(batch, self.metadata(batch))
+        if batch.max_query_len > 1 or len(logits_rows) < len(hidden):
+            hidden = hidden[logits_rows.to(self.device, torch.long)]
+        logits = self.model.compute_logits(hidden)[:, : self.shared_vocab_size]
+        best, token_ids = logits.max(dim=-1)
+        if not with_probs:
+            return Drafted(token_ids, None)
+        # How far is drafted follows from them, so they must be the same on all ranks, to the last bit.
+        probs = (best.float() - logits.float().logsumexp(dim=-1)).exp()
+        return Drafted(token_ids, get_tp_group().broadcast(probs, src=0))
+
+    def metadata(self, batch: DraftBatch, is_recorded: bool = False) -> Any:
+        """The attention backend's, for `batch`; `is_recorded`: to be read by a CUDA graph whenever it is replayed."""
         common = CommonAttentionMetadata(
             query_start_loc=batch.query_starts,
             query_start_loc_cpu=batch.query_starts_cpu,
             seq_lens=batch.seq_lens,
             num_reqs=len(batch.seq_lens),
-            num_actual_tokens=num_tokens,
+            num_actual_tokens=len(batch.token_ids),
             max_query_len=batch.max_query_len,
             max_seq_len=batch.max_seq_len,
             block_table_tensor=batch.block_table,
             slot_mapping=batch.slots,
             seq_lens_cpu_upper_bound=batch.seq_lens_cpu,
         )
-        metadata = self.group.get_metadata_builder().build(0, common)
+        builder = self.group.get_metadata_builder()
+        return builder.build_for_cudagraph_capture(common) if is_recorded else builder.build(0, common)
+
+    def run(self, batch: DraftBatch, metadata: Any) -> torch.Tensor:
+        """Hidden states `[num_tokens, hidden_size]` of the last layer; keys and values go into the cache."""
         names = self.group.layer_names
         with set_forward_context(
             dict.fromkeys(names, metadata),
             self.vllm_config,
-            num_tokens=num_tokens,
+            num_tokens=len(batch.token_ids),
             slot_mapping=dict.fromkeys(names, batch.slots),
         ):
             embeds = self.model.embed_input_ids(
@@ -179,15 +200,16 @@ class VLLMDraftModel:
                 is_multimodal=None if batch.visual_mask is None else batch.visual_mask.to(self.device),
             )
             positions = batch.positions if self.uses_mrope else batch.positions[0]
-            hidden = self.model(input_ids=None, positions=positions, inputs_embeds=embeds)
-        rows = logits_rows.to(self.device, torch.long)
-        logits = self.model.compute_logits(hidden[rows])[:, : self.shared_vocab_size]
-        best, token_ids = logits.max(dim=-1)
-        if not with_probs:
-            return Drafted(token_ids, None)
-        # How far is drafted follows from them, so they must be the same on all ranks, to the last bit.
-        probs = (best.float() - logits.float().logsumexp(dim=-1)).exp()
-        return Drafted(token_ids, get_tp_group().broadcast(probs, src=0))
+            return self.model(input_ids=None, positions=positions, inputs_embeds=embeds)
+
+    def record_graphs(self) -> None:
+        """Have decode steps launched as CUDA graphs from now on, where that can be, on all ranks alike."""
+        if not may_be_recorded(self.vllm_config, self.group):
+            return
+        graphs = DecodeGraphs(self)
+        if _least_of_ranks(int(graphs.record())):
+            self.graphs = graphs
+            logger.info_once("lvspec: the drafter's steps of up to %d requests are CUDA graphs.", graphs.sizes[-1])
 
     def copy(self, target_slots: torch.Tensor, slots: torch.Tensor) -> None:
         raise NotImplementedError("another model's keys and values mean nothing to this one")
@@ -287,6 +309,9 @@ class SelfDraftModel(VLLMDraftModel):
     @property
     def num_weight_bytes(self) -> int:
         return 0
+
+    def record_graphs(self) -> None:
+        """None: a step of the target is long enough to be launched in time."""
 
     def encode(self, payload: MultiModalFeatureSpec) -> torch.Tensor:
         # The target has just encoded it, unless a prefix hit has spared it that.
