@@ -1,5 +1,6 @@
 """The drafter's decode steps from recorded inputs; without a GPU, a replay is a forward over the inputs themselves."""
 
+import copy
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -9,12 +10,13 @@ import torch
 from vllm import SamplingParams
 from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from workload import QWEN
 
 from vllm_lvspec.bench.run import prompt_writer
 from vllm_lvspec.bench.samples import videofacts
 from vllm_lvspec.engine import decode_graphs
-from vllm_lvspec.engine.decode_graphs import SIZES, DecodeGraphs, may_be_recorded, prepare_for_graphs
+from vllm_lvspec.engine.decode_graphs import SIZES, DecodeGraphs, forget_graphs, has_graphs, prepare_for_graphs
 
 
 class Replays(DecodeGraphs):
@@ -25,6 +27,10 @@ class Replays(DecodeGraphs):
     @contextmanager
     def _recording(self):
         self.num_rows = []
+        yield
+
+    @contextmanager
+    def _without_waiting(self):
         yield
 
     def _record(self, batch, metadata):
@@ -115,28 +121,83 @@ def test_where_nothing_can_be_recorded_the_drafter_goes_on_without(model, warnin
     assert "can't be recorded" in said and "stream is capturing" in said
 
 
-def config(mode: CUDAGraphMode = CUDAGraphMode.NONE) -> Any:
-    return SimpleNamespace(compilation_config=CompilationConfig(cudagraph_mode=mode))
+def test_no_rank_uses_graphs_that_another_one_could_not_record(model):
+    asked: list[bool] = []
+
+    def agreed(fine: bool) -> bool:
+        asked.append(fine)
+        return len(asked) < 3  # at the third place, another rank's graphs compute something else
+
+    assert not Replays(model, sizes=(1, 2)).record(agreed)
+    assert asked == [True] * 3
 
 
-def group(support: AttentionCGSupport) -> Any:
-    builder = SimpleNamespace(get_cudagraph_support=lambda vllm_config, spec: support)
-    return SimpleNamespace(get_metadata_builder=lambda: builder, kv_cache_spec=None)
+def test_a_model_whose_graphs_are_of_no_use_goes_back_to_forwards(model, monkeypatch):
+    config = copy.copy(model.vllm_config)
+    config.compilation_config = copy.deepcopy(config.compilation_config)
+    monkeypatch.setattr(model, "vllm_config", config)
+    monkeypatch.setattr(model, "_wants_graphs", True)
+    monkeypatch.setattr(model.group, "metadata_builders", list(model.group.metadata_builders))
+    assert prepare_for_graphs(config, Backend, None)
+    builder = model.group.get_metadata_builder()
+    monkeypatch.setattr(DecodeGraphs, "record", lambda self, agreed: False)
+    model.record_graphs()
+    assert model.graphs is None
+    assert not config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+    assert model.group.get_metadata_builder() is not builder
+
+
+class Backend:
+    support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    name = "FLASH_ATTN"
+
+    @classmethod
+    def get_builder_cls(cls) -> Any:
+        return SimpleNamespace(get_cudagraph_support=lambda vllm_config, spec: cls.support)
+
+    @classmethod
+    def get_name(cls) -> str:
+        return cls.name
 
 
 @pytest.mark.parametrize(
-    ("device", "target", "support", "expected"),
+    ("changed", "expected"),
     [
-        ("cuda", CUDAGraphMode.FULL_AND_PIECEWISE, AttentionCGSupport.ALWAYS, True),
-        ("cuda", CUDAGraphMode.PIECEWISE, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, True),
-        ("cuda", CUDAGraphMode.FULL_AND_PIECEWISE, AttentionCGSupport.NEVER, False),
-        ("cuda", CUDAGraphMode.NONE, AttentionCGSupport.ALWAYS, False),  # as with enforce_eager
-        ("cpu", CUDAGraphMode.FULL_AND_PIECEWISE, AttentionCGSupport.ALWAYS, False),
+        ({}, True),
+        ({"support": AttentionCGSupport.ALWAYS}, True),
+        ({"support": AttentionCGSupport.NEVER}, False),
+        ({"name": "FLASHINFER"}, False),
     ],
 )
-def test_graphs_are_recorded_where_the_target_has_some_and_the_backend_can(device, target, support, expected):
-    draft = config()
-    prepare_for_graphs(draft, config(target), torch.device(device))
-    assert may_be_recorded(draft, group(support)) == expected
-    has_full = draft.compilation_config.cudagraph_mode.has_full_cudagraphs()
-    assert has_full == (device == "cuda" and target != CUDAGraphMode.NONE)
+def test_backends_are_prepared_that_can(changed, expected):
+    draft: Any = SimpleNamespace(compilation_config=CompilationConfig(cudagraph_mode=CUDAGraphMode.NONE))
+    backend: Any = type("Changed", (Backend,), changed)
+    assert prepare_for_graphs(draft, backend, None) == expected
+    assert draft.compilation_config.cudagraph_mode.has_full_cudagraphs() == expected
+    forget_graphs(draft)
+    assert not draft.compilation_config.cudagraph_mode.has_full_cudagraphs()
+
+
+def test_vllms_builders_for_gpus_are_satisfied_with_what_is_prepared(model):
+    """They read more of the configuration than whether there are graphs."""
+    config = copy.copy(model.vllm_config)
+    config.compilation_config = copy.deepcopy(config.compilation_config)
+    assert prepare_for_graphs(config, TritonAttentionBackend, model.group.kv_cache_spec)
+    builder = TritonAttentionBackend.get_builder_cls()(
+        model.group.kv_cache_spec, model.group.layer_names, config, torch.device("cpu")
+    )
+    assert builder.decode_cudagraph_enabled
+
+
+@pytest.mark.parametrize(
+    ("device", "mode", "expected"),
+    [
+        ("cuda", CUDAGraphMode.FULL_AND_PIECEWISE, True),
+        ("cuda", CUDAGraphMode.PIECEWISE, True),
+        ("cuda", CUDAGraphMode.NONE, False),  # as with enforce_eager
+        ("cpu", CUDAGraphMode.FULL_AND_PIECEWISE, False),
+    ],
+)
+def test_a_drafter_has_graphs_where_its_target_has(device, mode, expected):
+    target: Any = SimpleNamespace(compilation_config=CompilationConfig(cudagraph_mode=mode))
+    assert has_graphs(target, torch.device(device)) == expected

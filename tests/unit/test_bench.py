@@ -22,6 +22,7 @@ from vllm_lvspec.bench import lengths, run, served
 from vllm_lvspec.bench.command import (
     BenchError,
     BenchOptions,
+    environment,
     kv_cache_bytes,
     parse_engine_arguments,
     parse_numbers,
@@ -31,7 +32,7 @@ from vllm_lvspec.bench.command import (
 from vllm_lvspec.bench.page import main as page_main
 from vllm_lvspec.bench.page import page
 from vllm_lvspec.bench.peers import PEERS, DraftSettings, PeerError, speculative_config
-from vllm_lvspec.bench.report import markdown, pareto, plot, plot_profile, profile
+from vllm_lvspec.bench.report import figure, markdown, pareto, plot, plot_profile, profile
 from vllm_lvspec.bench.results import Environment, Report, Settings, json_schema, summarise
 from vllm_lvspec.bench.run import Answer, Journal, JournalError, PolicyRun, StepTimes
 from vllm_lvspec.bench.samples import DatasetError, dataset, videofacts
@@ -123,8 +124,8 @@ def test_what_drafting_costs_a_prompt_is_said_per_answer(report):
 
 def test_throughput_is_that_of_whole_batches():
     """Of two that run at once the second ends right behind the first, and the clock counts for both."""
-    samples = videofacts(6, 1, ["caption"])
-    seconds = {"ar": [6.0, 0.1, 6.0, 0.1, 6.0, 0.1], "strict": [3.0, 0.05, 2.0, 0.05, 3.0, 0.05]}
+    samples = videofacts(10, 1, ["caption"])
+    seconds = {"ar": [6.0, 0.1] * 5, "strict": [3.0, 0.05, 2.0, 0.05, 3.0, 0.05, 3.0, 0.05, 3.0, 0.05]}
     runs = {
         name: PolicyRun(
             [
@@ -137,8 +138,21 @@ def test_throughput_is_that_of_whole_batches():
     }
     found = summarise(runs, samples, settings_for(samples, list(runs), batch_size=2), ENVIRONMENT)
     strict = found.policies["strict"]
-    assert strict.throughput_over_ar == pytest.approx(18.3 / 8.15)
-    assert strict.intervals["throughput_over_ar"] == (pytest.approx(2.0), pytest.approx(6.1 / 2.05))
+    assert strict.throughput_over_ar == pytest.approx(30.5 / 14.25)
+    low, high = strict.intervals["throughput_over_ar"]
+    assert low == pytest.approx(2.0) and 30.5 / 14.25 < high < 6.1 / 2.05
+    few = {name: PolicyRun(run.answers[:8], None) for name, run in runs.items()}
+    of_few = summarise(few, samples[:8], settings_for(samples[:8], list(runs), batch_size=2), ENVIRONMENT)
+    assert "throughput_over_ar" not in of_few.policies["strict"].intervals
+    assert figure(of_few.policies["strict"], "throughput_over_ar", 2) == f"{24.4 / 11.2:.2f}"
+
+
+def test_no_secret_is_written_down(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("VLLM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("VLLM_API_KEY", "abc")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    assert environment(["lvspec", "bench"]).command == "VLLM_CPU_OMP_THREADS_BIND='0|1' lvspec bench"
 
 
 def test_a_part_of_what_runs_at_once_has_no_throughput():

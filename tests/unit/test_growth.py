@@ -45,7 +45,8 @@ def test_videos_of_other_sizes_show_the_same():
 def point(**changed) -> Point:
     return Point(
         **{
-            "video": "24x112x112", "prompt_tokens": 200, "output_tokens": 16, "batch_size": 1, "alone_seconds": None,
+            "video": "24x112x112", "prompt_tokens": 200, "output_tokens": 16, "said_tokens": 20.4, "batch_size": 1,
+            "alone_seconds": None,
             "draft_prompt_seconds": 0.01, "prompt_seconds": 0.1, "steps": growth._step_costs(TURNS, ACCEPTED, None),
             **changed,
         }
@@ -63,7 +64,7 @@ def test_page_and_plot_show_every_engine_and_point(tmp_path):
     )  # fmt: skip
     settings = GrowthSettings(
         title="At the cost of 32B", family="qwen2_5_vl", policy="lvspec", dtype="float32", spec_tokens=[4], samples=8,
-        seed=1, engine={},
+        seed=1, engine={}, alone=False,
     )  # fmt: skip
     report = GrowthReport(environment=environment, settings=settings, measured=[measured, measured])
     (tmp_path / "3-growth.json").write_text(report.model_dump_json())
@@ -71,7 +72,7 @@ def test_page_and_plot_show_every_engine_and_point(tmp_path):
     text = page(tmp_path)
     assert "## At the cost of 32B" in text and "### 32b ← 3b:fp8" in text and "take 3.250 GiB" in text
     assert "| 4 | 3.00 [2.90, 3.10] | 2.00 [1.90, 2.10] |" in text
-    assert "| 392 | 16 | 1 | 4 | 1.50 [1.50, 1.50] | 2.00 | – |" in text
+    assert "| 392 | 20 | 1 | 4 | 1.50 [1.50, 1.50] | 2.00 | – |" in text
     assert "![At the cost of 32B](benchmarks/3-growth.png)" in text
     console = Console(record=True, width=200, quiet=True)
     console.print(*growth.tables(measured))

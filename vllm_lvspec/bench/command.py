@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ VIDEOFACTS = "videofacts"
 _DTYPES = (None, "auto", "float32", "float", "bfloat16", "float16", "half")
 _PROMPT_TOKENS = 256  # more than any question of a suite has
 _MOST_TOKENS = 4096  # of a bundled pair: vLLM's room for one video's embeddings is larger
+_UNSAID = re.compile("KEY|TOKEN|SECRET|PASSWORD|LOGGING_LEVEL")
 LARGEST_BLOCK = 256  # of a KV cache, in tokens
 
 
@@ -299,8 +301,8 @@ def environment(command: Sequence[str]) -> Environment:
 
 
 def _variables() -> list[str]:
-    """vLLM's, as they are set on a command line; what it logs changes no figure."""
-    names = sorted(name for name in os.environ if name.startswith("VLLM_") and name != "VLLM_LOGGING_LEVEL")
+    """vLLM's, as they are set on a command line, but for what changes no figure or is a secret."""
+    names = sorted(name for name in os.environ if name.startswith("VLLM_") and not _UNSAID.search(name))
     return [f"{name}={shlex.quote(os.environ[name])}" for name in names]
 
 

@@ -12,7 +12,7 @@ import gc
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
@@ -37,6 +37,7 @@ from vllm_lvspec.reference.upscale import TEXT_SHAPES, text_shape, upscaled
 
 MEASURED_STEPS = 4  # that follow each other with drafts of one length, behind one that counts for neither
 CYCLES = 5  # times that all lengths have their turn
+CAPTION_TOKENS = 256  # at most, as `answer` asks for
 _QUESTION_TOKENS = 64  # by which questions may differ in length
 
 
@@ -70,7 +71,8 @@ class Point(StrictModel):
 
     video: str = Field(description="frames x height x width, in pixels")
     prompt_tokens: int = Field(description="of each request; all but the question's few are visual")
-    output_tokens: int = Field(description="of each answer, about where the steps were measured")
+    output_tokens: int = Field(description="of the shortest answer, at least, when the steps were measured")
+    said_tokens: float = Field(description="of an answer on average over these steps")
     batch_size: int = Field(description="requests that all decode")
     alone_seconds: float | None = Field(description="of a step of vLLM's own engine; null where it was not asked")
     draft_prompt_seconds: float | None = Field(
@@ -108,6 +110,7 @@ class GrowthSettings(StrictModel):
     samples: int = Field(description="captions whose drafts were counted")
     seed: int = Field(description="of their scenes")
     engine: dict[str, Any] = Field(description="more arguments of vLLM's engine")
+    alone: bool = Field(description="whether vLLM's own engine was measured, too")
 
 
 class GrowthReport(StrictModel):
@@ -206,6 +209,7 @@ def run_growth(options: GrowthOptions, console: Console, command: Sequence[str] 
             samples=options.samples,
             seed=options.seed,
             engine=options.engine_arguments,
+            alone=options.alone,
         ),
         measured=[],
     )
@@ -262,10 +266,11 @@ def _arguments(options: GrowthOptions, target: Model) -> tuple[str, dict[str, An
     """Model, arguments of its engine, and requests at once."""
     path = str(PAIRS[options.family].target)
     budget = max(options.output_tokens) + _steps_of_a_place(options) * (1 + max(options.spec_tokens))
+    captions = _num_prompt_tokens(options, None) + _QUESTION_TOKENS + CAPTION_TOKENS
     lengths = {
         place: _num_prompt_tokens(options, place.video) + _QUESTION_TOKENS + budget for place in _places(options)
     }
-    longest = max(lengths.values())
+    longest = max(captions, *lengths.values())
     arguments: dict[str, Any] = {"dtype": options.dtype, "max_model_len": longest}
     shape = text_shape(AutoConfig.from_pretrained(path))
     if target.shape is not None:
@@ -281,19 +286,20 @@ def _arguments(options: GrowthOptions, target: Model) -> tuple[str, dict[str, An
     return path, {**arguments, **options.engine_arguments}, most
 
 
-def _num_prompt_tokens(options: GrowthOptions, size: Size) -> int:
-    """Of a question about a video of this size, by the checkpoint's own processor."""
+def _num_prompt_tokens(options: GrowthOptions, size: Size | None) -> int:
+    """Of a question about a video of this size, or of the suite's, by the checkpoint's own processor."""
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(str(PAIRS[options.family].target))
-    (sample,) = videofacts(1, options.seed, ("caption",))
+    (sample,) = videofacts(1, options.seed, ("caption",), PAIRS[options.family].num_frames)
     content = [{"type": "video"}, {"type": "text", "text": sample.question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return len(processor(text=[text], videos=[np.zeros((*size, 3), np.uint8)])["input_ids"][0])
+    frames = sample.load_video()[0] if size is None else np.zeros((*size, 3), np.uint8)
+    return len(processor(text=[text], videos=[frames])["input_ids"][0])
 
 
 def _steps_of_a_place(options: GrowthOptions) -> int:
-    return (MEASURED_STEPS + 1) * CYCLES * (1 + len(options.spec_tokens)) + 1
+    return (MEASURED_STEPS + 1) * CYCLES * (1 + len(options.spec_tokens)) * len(options.output_tokens) + 1
 
 
 def _measure_alone(options: GrowthOptions, target: Model) -> dict[tuple[Size, int, int], float]:
@@ -304,7 +310,7 @@ def _measure_alone(options: GrowthOptions, target: Model) -> dict[tuple[Size, in
         return {
             (place.video, place.batch_size, mark): float(np.median(turns[0]))
             for place in _places(options)
-            for mark, turns in _walk(llm, place, options, [0], lambda length: None).marks.items()
+            for mark, (_, turns) in _walk(llm, place, options, None).marks.items()
         }
 
 
@@ -327,14 +333,15 @@ def _measure(
         accepted = _accepted(llm, steered, options)
         points = []
         for place in _places(options):
-            walked = _walk(llm, place, options, [0, *options.spec_tokens], steered.set_length)
-            for number, (mark, turns) in enumerate(walked.marks.items()):
+            walked = _walk(llm, place, options, steered)
+            for number, (mark, (said, turns)) in enumerate(walked.marks.items()):
                 seconds = alone.get((place.video, place.batch_size, mark))
                 points.append(
                     Point(
                         video=str(place.video),
                         prompt_tokens=walked.prompt_tokens,
                         output_tokens=mark,
+                        said_tokens=said,
                         batch_size=place.batch_size,
                         alone_seconds=seconds,
                         draft_prompt_seconds=walked.draft_seconds if number == 0 else None,
@@ -401,21 +408,28 @@ def _with_interval(name: str, parts: Sequence[tuple[float, float]]) -> dict[str,
 
 @dataclass(frozen=True)
 class _Walked:
-    """`marks`: by length of the answer and of drafts, seconds per step of every turn."""
+    """`marks`: by the answer's least length its mean length, and seconds per step of every turn by length of drafts."""
 
     prompt_tokens: int
     prompt_seconds: float
     draft_seconds: float | None
-    marks: dict[int, dict[int, list[float]]]
+    marks: dict[int, tuple[float, dict[int, list[float]]]]
 
 
-def _walk(
-    llm: Any, place: _Place, options: GrowthOptions, lengths: Sequence[int], set_length: Callable[[int], None]
-) -> _Walked:
+def _walk(llm: Any, place: _Place, options: GrowthOptions, steered: SteeredDrafter | None) -> _Walked:
     """Answers without end, with drafts as long as can be from mark to mark, where all lengths have their turns."""
     from vllm import SamplingParams
 
     core = llm.llm_engine
+    lengths = [0] if steered is None else [0, *options.spec_tokens]
+
+    def set_length(length: int) -> None:
+        if steered is not None:
+            steered.set_length(length)
+
+    def count_drafted() -> int:
+        return 0 if steered is None else steered.drafter.counts["drafted_tokens"]
+
     write = prompt_writer(llm)
     samples = videofacts(place.batch_size, options.seed + 1, ("caption",))
     inputs = [write(replace(sample, load_video=partial(_sized, sample, place.video))) for sample in samples]
@@ -434,27 +448,38 @@ def _walk(
         while not (outputs := core.step()):  # vLLM's own engine schedules a step ahead, and reports nothing at first
             pass
         for output in outputs:
+            if output.finished:
+                raise BenchError(
+                    f"{place.video}, {place.batch_size} at once: an answer ended; max_model_len must be more"
+                )
             told[output.request_id] = len(output.outputs[0].token_ids)
             prompt_tokens = len(output.prompt_token_ids)
 
     while len(told) < len(names):
         step()
     prompt_seconds = time.perf_counter() - started
-    marks: dict[int, dict[int, list[float]]] = {}
+    marks: dict[int, tuple[float, dict[int, list[float]]]] = {}
     for mark in place.output_tokens:
         set_length(max(lengths))
         while min(told.values()) < mark:
             step()
         turns: dict[int, list[float]] = defaultdict(list)
+        begin = sum(told.values())
         for cycle in range(CYCLES):
             for length in map(int, turned([str(length) for length in lengths], cycle)):
                 set_length(length)
                 step()  # verifies what was drafted before
+                drafted = count_drafted()
                 begun = time.perf_counter()
                 for _ in range(MEASURED_STEPS):
                     step()
                 turns[length].append((time.perf_counter() - begun) / MEASURED_STEPS)
-        marks[mark] = dict(turns)
+                if count_drafted() - drafted != MEASURED_STEPS * length * len(names):
+                    raise BenchError(
+                        f"{place.video}, {place.batch_size} at once: not all requests had drafts of {length} tokens; "
+                        "there must be room for all in the drafter's cache"
+                    )
+        marks[mark] = (begin + sum(told.values())) / 2 / len(names), dict(turns)
     after = _draft_seconds(llm)
     core.abort_request(names)
     while core.has_unfinished_requests():
@@ -533,7 +558,7 @@ def cost_rows(measured: Measured) -> list[list[str]]:
             over_alone = "–" if cost.speedup_over_alone is None else f"{cost.speedup_over_alone:.2f}"
             rows.append(
                 [
-                    *map(str, (point.prompt_tokens, point.output_tokens, point.batch_size, length)),
+                    *map(str, (point.prompt_tokens, round(point.said_tokens), point.batch_size, length)),
                     _figure(cost.over_none, cost.over_none_interval),
                     f"{cost.speedup:.2f}",
                     over_alone,
@@ -550,17 +575,20 @@ def _figure(value: float, interval: Interval) -> str:
 _PANELS = (
     ("video", "prompt_tokens", "tokens of the prompt"),
     ("batch_size", "batch_size", "requests"),
-    ("output_tokens", "output_tokens", "tokens said"),
+    ("output_tokens", "said_tokens", "tokens said"),
 )
 
 
 def plot(report: GrowthReport, path: Path) -> None:
     """T / (1 + K c + o) over what was gone through, a line for each K, and over K, as a PNG; a row for each engine."""
     import matplotlib
+    import torch
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    # On GPUs steps without drafts run faster in vLLM's own engine, whose full CUDA graphs are made for them.
+    over = "speedup_over_alone" if torch.cuda.is_available() and report.settings.alone else "speedup"
     count = len(report.measured)
     figure, axes = pyplot.subplots(count, 4, figsize=(15, 3.2 * count), layout="constrained", squeeze=False)
     for row, measured in zip(axes, report.measured, strict=True):
@@ -571,12 +599,14 @@ def plot(report: GrowthReport, path: Path) -> None:
             points.sort(key=attrgetter(key))
             for length in measured.accepted:
                 places = [getattr(point, key) for point in points]
-                axis.plot(places, [point.steps[length].speedup for point in points], "o-", label=f"K = {length}")
+                axis.plot(places, [getattr(point.steps[length], over) for point in points], "o-", label=f"K = {length}")
             axis.set_xscale("log", base=2)
-            axis.set_xticks(places, [str(place) for place in places])
+            axis.set_xticks(places, [f"{place:.0f}" for place in places])
             axis.set_xlabel(label, fontsize="small")
         lengths = sorted(measured.accepted)
-        row[3].plot(lengths, [first.steps[length].speedup for length in lengths], "o-", label="T / (1 + K c + o)")
+        row[3].plot(
+            lengths, [getattr(first.steps[length], over) for length in lengths], "o-", label="T / (1 + K c + o)"
+        )
         seen = [measured.accepted[length] for length in lengths]
         errors = np.array([[s.speedup - s.speedup_interval[0], s.speedup_interval[1] - s.speedup] for s in seen]).T
         row[3].errorbar(lengths, [s.speedup for s in seen], np.maximum(errors, 0), fmt="s", capsize=2, label="captions")
@@ -585,7 +615,8 @@ def plot(report: GrowthReport, path: Path) -> None:
         for axis in row:
             axis.axhline(1, color="grey", linewidth=0.8, zorder=0)
             axis.set_ylim(bottom=0)
-        row[0].set_ylabel(f"{measured.name}\nspeed over no drafts", fontsize="small")
+        without = "no drafts" if over == "speedup" else "vLLM alone"
+        row[0].set_ylabel(f"{measured.name}\nspeed over {without}", fontsize="small")
         row[0].legend(fontsize="x-small")
         row[3].legend(fontsize="x-small")
     figure.savefig(path, dpi=110)

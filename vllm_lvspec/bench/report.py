@@ -170,10 +170,12 @@ def markdown(report: Report) -> str:
 
 
 def figure(figures: Figures, name: str, digits: int) -> str:
-    """A figure with its interval, or a dash where there is none."""
+    """A figure with its interval, if it has one, or a dash where there is none."""
     value = getattr(figures, name)
     if value is None:
         return "–"
+    if name not in figures.intervals:
+        return f"{value:.{digits}f}"
     low, high = figures.intervals[name]
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 

@@ -18,6 +18,7 @@ from vllm_lvspec.bench.samples import Sample
 from vllm_lvspec.bench.videofacts.score import Score, totals
 
 NUM_DRAWS = 2000
+MIN_BATCHES = 5  # of fewer no interval is made
 STRETCH = 50  # tokens
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
 BASELINE = "ar"
@@ -250,10 +251,14 @@ def figures(
     together = np.arange(len(answers)) // batch_size if batch_size > 1 else own.rows
     intervals: dict[str, Interval] = {}
 
-    def estimate(name: str, compute: Callable[[np.ndarray], np.ndarray], count: int = num_videos) -> float | None:
+    def estimate(
+        name: str, compute: Callable[[np.ndarray], np.ndarray], count: int = num_videos, least: int = 1
+    ) -> float | None:
         value = float(compute(np.arange(count)[None])[0])
         if not np.isfinite(value):
             return None
+        if count < least:
+            return value
         draws = compute(np.random.default_rng(0).integers(0, count, (NUM_DRAWS, count)))
         low, high = np.percentile(draws[np.isfinite(draws)], [2.5, 97.5])
         intervals[name] = (float(low), float(high))
@@ -298,7 +303,9 @@ def figures(
         same_answers=same,
         speedup=compared("speedup", speed),
         first_token_over_ar=compared("first_token_over_ar", first_token),
-        throughput_over_ar=None if base is None else estimate("throughput_over_ar", throughput, together.max() + 1),
+        throughput_over_ar=None
+        if base is None
+        else estimate("throughput_over_ar", throughput, together.max() + 1, MIN_BATCHES if batch_size > 1 else 1),
         intervals=intervals,
     )
 

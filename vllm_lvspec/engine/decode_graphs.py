@@ -13,13 +13,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from vllm.compilation.cudagraph_pool import capture_pool
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed.parallel_state import graph_capture
 from vllm.logger import init_logger
+from vllm.model_executor.offloader.base import get_offloader
+from vllm.platforms import current_platform
 from vllm.utils.gc_utils import freeze_gc_for_cudagraph_capture
-from vllm.v1.attention.backend import AttentionCGSupport
-from vllm.v1.worker.utils import AttentionGroup
+from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_lvspec.draft.drafter import DraftBatch
 
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.lvspec")
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # rows; of more requests a forward is long enough to be launched in time
+PLANS_ON_HOST = ("FLASHINFER",)  # backends whose plan of a step would overwrite that of one still running
 _NUM_WARM_UP = 2
 _PADDING_SLOT = -1  # vLLM writes nothing there
 _TOLERANCE = 0.05  # of the norm: kernels may sum in another order
@@ -36,23 +41,32 @@ _TOLERANCE = 0.05  # of the norm: kernels may sum in another order
 Replay = tuple[Callable[[], Any], torch.Tensor]
 
 
-def prepare_for_graphs(draft: VllmConfig, target: VllmConfig, device: torch.device) -> None:
-    """Have attention backends keep what graphs read in buffers of their own, where the target runs under graphs, too.
+def has_graphs(target: VllmConfig, device: torch.device) -> bool:
+    """Whether the target runs under CUDA graphs, so that its drafter should, too."""
+    return device.type == "cuda" and target.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
 
-    To be called before the drafter's metadata builders are made. `draft` has been checked by vLLM without graphs,
-    because it would ask for a compiled model where it is told of them.
+
+def prepare_for_graphs(draft: VllmConfig, backend: type[AttentionBackend], spec: KVCacheSpec) -> bool:
+    """Have the drafter's attention `backend` keep what graphs read in buffers of its own; whether it can.
+
+    To be called before metadata builders are made. `draft` has been checked by vLLM without graphs, because it would
+    ask for a compiled model where it is told of them.
     """
-    if device.type == "cuda" and target.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
-        draft.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
-        draft.compilation_config.max_cudagraph_capture_size = SIZES[-1]
-
-
-def may_be_recorded(draft: VllmConfig, group: AttentionGroup) -> bool:
-    """Whether the drafter was prepared for graphs, and its attention backend runs one-token requests in full ones."""
-    if draft.compilation_config.cudagraph_mode != CUDAGraphMode.FULL_DECODE_ONLY:
+    support = backend.get_builder_cls().get_cudagraph_support(draft, spec)
+    single = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    if support.value < single.value or backend.get_name() in PLANS_ON_HOST:
         return False
-    support = group.get_metadata_builder().get_cudagraph_support(draft, group.kv_cache_spec)
-    return support.value >= AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE.value
+    draft.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+    draft.compilation_config.cudagraph_capture_sizes = list(SIZES)
+    draft.compilation_config.max_cudagraph_capture_size = SIZES[-1]
+    return True
+
+
+def forget_graphs(draft: VllmConfig) -> None:
+    """Take `prepare_for_graphs` back; metadata builders are to be made anew."""
+    draft.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    draft.compilation_config.cudagraph_capture_sizes = []
+    draft.compilation_config.max_cudagraph_capture_size = 0
 
 
 class DecodeGraphs:
@@ -67,7 +81,8 @@ class DecodeGraphs:
         self._model = model
         self._graphs: dict[int, Replay] = {}
         self._pool: Any = None  # of memory, which all share: the largest comes first, and no two run at once
-        self._inputs = self._padding(self.sizes[-1])
+        inputs = self._padding(self.sizes[-1])
+        self._inputs = {size: _first_rows(inputs, size) for size in self.sizes}
 
     def _padding(self, num_rows: int) -> DraftBatch:
         """A batch of one-token requests, with room for the longest."""
@@ -79,63 +94,96 @@ class DecodeGraphs:
         return replace(batch, block_table=table, slots=slots, max_seq_len=model.max_model_len)
 
     @torch.inference_mode()
-    def record(self) -> bool:
-        """Record all sizes and try them; whether they do what the model does. False leaves the model without."""
-        model = self._model
-        try:
-            with self._recording():
-                for size in reversed(self.sizes):
-                    batch = self._first(size)
-                    metadata = model.metadata(batch, is_recorded=True)
-                    for _ in range(_NUM_WARM_UP):
-                        model.run(batch, metadata)
-                    self._graphs[size] = self._record(batch, metadata)
-            differing = [size for size in self.sizes if not self._does_the_same(size)]
-        except Exception as error:  # whatever a backend can't do in a graph: drafts need none
-            logger.warning("lvspec: the drafter's steps can't be recorded as CUDA graphs: %r", error)
-            return False
+    def record(self, agreed: Callable[[bool], bool] = bool) -> bool:
+        """Record all sizes and try them; whether they do what the model does, by `agreed` on all ranks.
+
+        Where one rank can't go on, all stop at the next of three places; they must not wait for each other in between.
+        """
+        with self._recording():
+            metadata = {size: self._model.metadata(self._inputs[size], is_recorded=True) for size in self.sizes}
+            if not agreed(self._succeeds(self._warm_up, metadata)) or not agreed(self._succeeds(self._take, metadata)):
+                return False
+        differing = [size for size in self.sizes if not self._does_the_same(size)]
         if differing:
             logger.warning("lvspec: the drafter's CUDA graphs of %s rows compute something else.", differing)
-        return not differing
+        return agreed(not differing)
+
+    def _succeeds(self, step: Callable[[dict[int, Any]], None], metadata: dict[int, Any]) -> bool:
+        try:
+            step(metadata)
+        except Exception as error:  # whatever a model or a backend can't do in a graph: drafts need none
+            logger.warning("lvspec: the drafter's steps can't be recorded as CUDA graphs: %r", error)
+            return False
+        return True
+
+    def _warm_up(self, metadata: dict[int, Any]) -> None:
+        """Compile and choose kernels; then again, where waiting for the device, which no graph can, is an error."""
+        for size in reversed(self.sizes):
+            for _ in range(_NUM_WARM_UP):
+                self._model.run(self._inputs[size], metadata[size])
+        with self._without_waiting():
+            for size in reversed(self.sizes):
+                self._model.run(self._inputs[size], metadata[size])
+
+    def _take(self, metadata: dict[int, Any]) -> None:
+        for size in reversed(self.sizes):
+            self._graphs[size] = self._record(self._inputs[size], metadata[size])
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
+        self._pool = current_platform.graph_pool_handle()
         with freeze_gc_for_cudagraph_capture(), graph_capture(device=self._model.device):
             yield
 
+    @contextmanager
+    def _without_waiting(self) -> Iterator[None]:
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
     def _record(self, batch: DraftBatch, metadata: Any) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
-            hidden = self._model.run(batch, metadata)
-        self._pool = graph.pool()
+        with capture_pool(self._pool, self._model.vllm_config) as pool:
+            get_offloader().sync_prev_onload()
+            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+                hidden = self._model.run(batch, metadata)
+                get_offloader().join_after_forward()
         return graph.replay, hidden
 
     def _does_the_same(self, size: int) -> bool:
         """Over a full batch and, where there can be padding, over one with a row less."""
-        model = self._model
-        context = min(2 * model.pool.page_size + 3, model.max_model_len - 1)
-        for num_rows in {size, max(1, size - 1)}:
-            batch = model.decode_batch(num_rows, context)
+        model, same = self._model, True
+        for num_rows in sorted({size, max(1, size - 1)}):
+            batch = self._trial(num_rows)
             wanted = model.run(batch, model.metadata(batch)).float()
             found = self.hidden(batch)
             assert found is not None
-            if not (found.float() - wanted).norm() <= _TOLERANCE * wanted.norm():  # nor if one is no number
-                return False
-        return True
+            # No number is within it, either. All are compared: ranks run the same forwards.
+            same &= bool((found.float() - wanted).norm() <= _TOLERANCE * wanted.norm())
+        return same
 
-    def _first(self, num_rows: int) -> DraftBatch:
-        """The inputs' first rows."""
-        inputs = self._inputs
+    def _trial(self, num_rows: int) -> DraftBatch:
+        """Of rows that differ in token, length and, while there are some, in pages."""
+        model = self._model
+        size, device = model.pool.page_size, model.device
+        longest = min(2 * size + 3, model.max_model_len - 1)
+        context = np.maximum(longest - np.arange(num_rows) % size, 1)
+        pages = longest // size + 1
+        table = torch.arange(num_rows * pages, dtype=torch.int32).view(num_rows, pages) % model.pool.num_pages
+        slots = table.numpy()[np.arange(num_rows), context // size].astype(np.int64) * size + context % size
+        batch = model.decode_batch(num_rows, longest)
+        lens = torch.from_numpy(context + 1).int()
         return replace(
-            inputs,
-            token_ids=inputs.token_ids[:num_rows],
-            positions=inputs.positions[:, :num_rows],
-            slots=inputs.slots[:num_rows],
-            query_starts=inputs.query_starts[: num_rows + 1],
-            query_starts_cpu=inputs.query_starts_cpu[: num_rows + 1],
-            seq_lens=inputs.seq_lens[:num_rows],
-            seq_lens_cpu=inputs.seq_lens_cpu[:num_rows],
-            block_table=inputs.block_table[:num_rows],
+            batch,
+            token_ids=torch.arange(num_rows, dtype=torch.int64, device=device) % model.vocab_size,
+            positions=torch.from_numpy(context).repeat(len(batch.positions), 1).to(device),
+            slots=torch.from_numpy(slots).to(device),
+            seq_lens=lens.to(device),
+            seq_lens_cpu=lens,
+            block_table=table.to(device),
         )
 
     def hidden(self, batch: DraftBatch) -> torch.Tensor | None:
@@ -147,7 +195,7 @@ class DecodeGraphs:
         if batch.max_query_len > 1 or batch.visual or num_rows > self.sizes[-1]:
             return None
         size = self.sizes[bisect_left(self.sizes, num_rows)]
-        inputs = self._first(size)
+        inputs = self._inputs[size]
         inputs.token_ids[:num_rows].copy_(batch.token_ids)
         inputs.positions[:, :num_rows].copy_(batch.positions)
         inputs.slots[:num_rows].copy_(batch.slots)
@@ -160,6 +208,21 @@ class DecodeGraphs:
             inputs.seq_lens_cpu[num_rows:].fill_(1)
         # Backends that plan a step do so here, into the buffers that the graph reads.
         self._model.metadata(replace(inputs, max_seq_len=batch.max_seq_len))
+        get_offloader().sync_prev_onload()
         replay, hidden = self._graphs[size]
         replay()
         return hidden[:num_rows]
+
+
+def _first_rows(batch: DraftBatch, num_rows: int) -> DraftBatch:
+    return replace(
+        batch,
+        token_ids=batch.token_ids[:num_rows],
+        positions=batch.positions[:, :num_rows],
+        slots=batch.slots[:num_rows],
+        query_starts=batch.query_starts[: num_rows + 1],
+        query_starts_cpu=batch.query_starts_cpu[: num_rows + 1],
+        seq_lens=batch.seq_lens[:num_rows],
+        seq_lens_cpu=batch.seq_lens_cpu[:num_rows],
+        block_table=batch.block_table[:num_rows],
+    )

@@ -33,7 +33,7 @@ from vllm_lvspec.config import LVSpecConfig, LVSpecConfigError
 from vllm_lvspec.draft.drafter import DraftBatch, Drafted
 from vllm_lvspec.draft.pages import PagePool
 from vllm_lvspec.engine.compatibility import draft_model_config, draft_vllm_config, unfit_quantization
-from vllm_lvspec.engine.decode_graphs import DecodeGraphs, may_be_recorded, prepare_for_graphs
+from vllm_lvspec.engine.decode_graphs import DecodeGraphs, forget_graphs, has_graphs, prepare_for_graphs
 from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
 from vllm_lvspec.kernels.advance_decode import advance_decode
 
@@ -57,11 +57,12 @@ class VLLMDraftModel:
     copies = False
     model: Any
     graphs: DecodeGraphs | None = None  # of its decode steps
+    _wants_graphs = False
 
     def __init__(self, vllm_config: VllmConfig, config: LVSpecConfig, device: torch.device):
         model_config = draft_model_config(vllm_config.model_config, config)
         self._prepare(draft_vllm_config(vllm_config, model_config), vllm_config.model_config, device)
-        prepare_for_graphs(self.vllm_config, vllm_config, device)
+        self._wants_graphs = has_graphs(vllm_config, device)
         try:
             self.model = get_model(vllm_config=self.vllm_config)
         except (NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
@@ -113,6 +114,7 @@ class VLLMDraftModel:
         kv_config = get_kv_cache_config_from_groups(self.vllm_config, [KVCacheGroupSpec(names, spec)], num_bytes)
         self.group = AttentionGroup(backend=backend, layer_names=names, kv_cache_spec=spec, kv_cache_group_id=0)
         kernel_sizes = prepare_kernel_block_sizes(kv_config, [[self.group]])
+        self._wants_graphs = self._wants_graphs and prepare_for_graphs(self.vllm_config, backend, spec)
         self.group.create_metadata_builders(self.vllm_config, self.device, kernel_block_size=kernel_sizes[0])
         layout = cache_config.get_resolved_kv_cache_layout()
         self.caches = allocate_kv_cache(kv_config, self.device, layout, kernel_sizes)
@@ -204,12 +206,15 @@ class VLLMDraftModel:
 
     def record_graphs(self) -> None:
         """Have decode steps launched as CUDA graphs from now on, where that can be, on all ranks alike."""
-        if not may_be_recorded(self.vllm_config, self.group):
+        if not self._wants_graphs:
             return
         graphs = DecodeGraphs(self)
-        if _least_of_ranks(int(graphs.record())):
+        if graphs.record(lambda fine: bool(_least_of_ranks(int(fine)))):
             self.graphs = graphs
             logger.info_once("lvspec: the drafter's steps of up to %d requests are CUDA graphs.", graphs.sizes[-1])
+        else:
+            forget_graphs(self.vllm_config)
+            self.group.create_metadata_builders(self.vllm_config, self.device, kernel_block_size=self.pool.page_size)
 
     def copy(self, target_slots: torch.Tensor, slots: torch.Tensor) -> None:
         raise NotImplementedError("another model's keys and values mean nothing to this one")
@@ -248,7 +253,7 @@ class VLLMDraftModel:
         """Run the largest forward once, so that vLLM's memory profile has seen the drafter's activations."""
         pages_per_row = -(-min(self.max_model_len, self.max_batch_tokens) // self.pool.page_size)
         row_tokens = min(self.max_model_len, self.max_batch_tokens, self.pool.num_pages * self.pool.page_size)
-        rows = max(1, self.max_batch_tokens // row_tokens)
+        rows = min(max(1, self.max_batch_tokens // row_tokens), self.vllm_config.scheduler_config.max_num_seqs)
         num_tokens = rows * row_tokens
         # All rows write the same pages: what they hold means nothing yet.
         table = torch.arange(pages_per_row, dtype=torch.int32, device=self.device).clamp(max=self.pool.num_pages - 1)
@@ -309,9 +314,6 @@ class SelfDraftModel(VLLMDraftModel):
     @property
     def num_weight_bytes(self) -> int:
         return 0
-
-    def record_graphs(self) -> None:
-        """None: a step of the target is long enough to be launched in time."""
 
     def encode(self, payload: MultiModalFeatureSpec) -> torch.Tensor:
         # The target has just encoded it, unless a prefix hit has spared it that.

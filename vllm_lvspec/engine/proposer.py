@@ -124,6 +124,16 @@ class LVSpecProposer:
         assert self.drafter is not None
         self.drafter.model.profile()
 
+    def record_graphs(self) -> int:
+        """Have the drafter's decode steps launched as CUDA graphs, where that can be; bytes that these take."""
+        assert self.drafter is not None
+        model = self.drafter.model
+        assert isinstance(model, VLLMDraftModel)
+        before, _ = torch.cuda.mem_get_info(model.device)
+        model.record_graphs()
+        after, _ = torch.cuda.mem_get_info(model.device)
+        return max(0, before - after)
+
     def measure_costs(self, target_seconds: Callable[[int, int, int], float], num_rows: Sequence[int]) -> None:
         """Time forwards over `num_rows` (ascending) tokens; all ranks then go by the first rank's clock.
 

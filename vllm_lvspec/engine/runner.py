@@ -197,6 +197,11 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             super().profile_run(*args, **kwargs)
             self.drafter.profile()
 
+    def capture_model(self) -> int:
+        """The target's CUDA graphs, then the drafter's; bytes that both take."""
+        used = super().capture_model()
+        return used + self.drafter.record_graphs()
+
     def measure_costs(self) -> None:
         """Time forwards of target and drafter, so that the drafter knows what another token costs."""
         if self.drafter.config.draft_length == "adaptive" or self.drafter.config.only_if_faster:

@@ -29,7 +29,6 @@ class LVSpecWorker(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()
-        self.model_runner.drafter.drafter.model.record_graphs()
         self.model_runner.measure_costs()
         return result
 
