@@ -33,7 +33,7 @@ class Replays(DecodeGraphs):
     def _without_waiting(self):
         yield
 
-    def _record(self, batch, metadata):
+    def _replay(self, batch, metadata):
         hidden = self._model.run(batch, metadata)
 
         def replay():
@@ -104,7 +104,7 @@ def warnings(monkeypatch) -> list[str]:
 
 def test_graphs_that_compute_something_else_are_not_used(model, warnings):
     class Stale(Replays):
-        def _record(self, batch, metadata):
+        def _replay(self, batch, metadata):
             return (lambda: None), self._model.run(batch, metadata).clone()
 
     assert not Stale(model, sizes=(1, 2)).record()
@@ -113,7 +113,7 @@ def test_graphs_that_compute_something_else_are_not_used(model, warnings):
 
 def test_where_nothing_can_be_recorded_the_drafter_goes_on_without(model, warnings):
     class Broken(Replays):
-        def _record(self, batch, metadata):
+        def _replay(self, batch, metadata):
             raise RuntimeError("operation not permitted when stream is capturing")
 
     assert not Broken(model, sizes=(1,)).record()

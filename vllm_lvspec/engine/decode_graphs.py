@@ -100,34 +100,35 @@ class DecodeGraphs:
         Where one rank can't go on, all stop at the next of three places; they must not wait for each other in between.
         """
         with self._recording():
-            metadata = {size: self._model.metadata(self._inputs[size], is_recorded=True) for size in self.sizes}
-            if not agreed(self._succeeds(self._warm_up, metadata)) or not agreed(self._succeeds(self._take, metadata)):
+            if not agreed(self._succeeds(self._warm_up)) or not agreed(self._succeeds(self._record)):
                 return False
         differing = [size for size in self.sizes if not self._does_the_same(size)]
         if differing:
             logger.warning("lvspec: the drafter's CUDA graphs of %s rows compute something else.", differing)
         return agreed(not differing)
 
-    def _succeeds(self, step: Callable[[dict[int, Any]], None], metadata: dict[int, Any]) -> bool:
+    def _succeeds(self, step: Callable[[DraftBatch], Any]) -> bool:
+        """With the inputs of every size, the largest first: what it leaves of the pool the others take."""
         try:
-            step(metadata)
+            for size in reversed(self.sizes):
+                step(self._inputs[size])
         except Exception as error:  # whatever a model or a backend can't do in a graph: drafts need none
             logger.warning("lvspec: the drafter's steps can't be recorded as CUDA graphs: %r", error)
             return False
         return True
 
-    def _warm_up(self, metadata: dict[int, Any]) -> None:
+    def _warm_up(self, inputs: DraftBatch) -> None:
         """Compile and choose kernels; then again, where waiting for the device, which no graph can, is an error."""
-        for size in reversed(self.sizes):
-            for _ in range(_NUM_WARM_UP):
-                self._model.run(self._inputs[size], metadata[size])
+        # Made right before they are used: backends keep but one plan in the buffers that graphs read.
+        metadata = self._model.metadata(inputs, is_recorded=True)
+        for _ in range(_NUM_WARM_UP):
+            self._model.run(inputs, metadata)
         with self._without_waiting():
-            for size in reversed(self.sizes):
-                self._model.run(self._inputs[size], metadata[size])
+            self._model.run(inputs, metadata)
 
-    def _take(self, metadata: dict[int, Any]) -> None:
-        for size in reversed(self.sizes):
-            self._graphs[size] = self._record(self._inputs[size], metadata[size])
+    def _record(self, inputs: DraftBatch) -> None:
+        metadata = self._model.metadata(inputs, is_recorded=True)
+        self._graphs[len(inputs.seq_lens)] = self._replay(inputs, metadata)
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -144,7 +145,8 @@ class DecodeGraphs:
         finally:
             torch.cuda.set_sync_debug_mode(before)
 
-    def _record(self, batch: DraftBatch, metadata: Any) -> Replay:
+    def _replay(self, batch: DraftBatch, metadata: Any) -> Replay:
+        """What launches a forward over `batch` anew, and where it leaves the hidden states."""
         graph = torch.cuda.CUDAGraph()
         with capture_pool(self._pool, self._model.vllm_config) as pool:
             get_offloader().sync_prev_onload()
