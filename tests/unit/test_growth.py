@@ -85,6 +85,7 @@ def test_page_and_plot_show_every_engine_and_point(tmp_path):
         (["--drafters", ":fp8"], "drafters=':fp8': must be own or one of 0.5b"),
         (["--videos", "24x112"], "videos='24x112': must be frames x height x width"),
         (["--videos", "0x112x112"], "videos='0x112x112': must be frames x height x width"),
+        (["--videos", "24x112x112,24x112x112"], "videos='24x112x112,24x112x112': must be one or more, each once"),
         (["--spec-tokens", "0"], "spec_tokens='0': must be one or more, each 1 or more"),
         (["--spec-tokens", "200"], "spec_tokens=200: must be at most 128"),
         (["--batch-sizes", "2,2"], "batch_sizes='2,2': must be one or more"),

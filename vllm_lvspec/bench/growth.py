@@ -243,6 +243,8 @@ def _check(options: GrowthOptions) -> None:
         values = getattr(options, key)
         if not values or min(values) < 1 or len(set(values)) < len(values):
             raise BenchError(f"{key}={','.join(map(str, values))!r}: must be one or more, each 1 or more, each once")
+    if len(set(options.videos)) < len(options.videos):
+        raise BenchError(f"videos={','.join(map(str, options.videos))!r}: must be one or more, each once")
     if max(options.spec_tokens) > MAX_SPECULATIVE_TOKENS:
         raise BenchError(f"spec_tokens={max(options.spec_tokens)}: must be at most {MAX_SPECULATIVE_TOKENS}")
     if options.samples < 2:
