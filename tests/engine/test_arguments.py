@@ -16,7 +16,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_lvspec.config import LVSpecConfigError
 from vllm_lvspec.draft.pairs import default_draft_model
-from vllm_lvspec.engine.arguments import PROPOSER, lvspec_config
+from vllm_lvspec.engine.arguments import PROPOSER, SCHEDULER, lvspec_config
 from vllm_lvspec.engine.compatibility import draft_model_config, draft_vllm_config
 from vllm_lvspec.engine.versions import TESTED, installed_vllm, require_tested_vllm
 from vllm_lvspec.plugin import register
@@ -89,7 +89,7 @@ def test_the_targets_configuration_is_what_it_would_be_without_a_drafter(pair):
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     options = {"model": pair[0], "per_request_spec_decode_metrics": "summary"}
     ours = config_of(EngineArgs(speculative_config="lvspec", **options))
-    theirs = config_of(EngineArgs(speculative_config=ngram, **options))
+    theirs = config_of(EngineArgs(speculative_config=ngram, scheduler_cls=SCHEDULER, **options))
     for part in ("kernel_config", "cache_config", "scheduler_config", "observability_config", "compilation_config"):
         assert repr(getattr(ours, part)) == repr(getattr(theirs, part)), part
 
@@ -108,7 +108,7 @@ def test_the_users_arguments_stay_as_they_were(pair):
     first, second = config_of(args), config_of(args)
     assert args.speculative_config == "lvspec"
     assert args.additional_config == {"mine": 1}
-    assert args.worker_cls == "auto"
+    assert args.worker_cls == "auto" and args.scheduler_cls is None
     assert first.additional_config == second.additional_config
     assert first.additional_config["mine"] == 1
 
@@ -223,6 +223,7 @@ def test_a_drafter_that_cuts_images_another_way_is_refused(checkpoint, pair):
         ({"ec_transfer_config": "connector"}, "ec_transfer_config"),
         ({"weight_transfer_config": {"backend": "nccl"}}, "weight_transfer_config"),
         ({"worker_cls": "some.Worker"}, "worker_cls='some.Worker'"),
+        ({"scheduler_cls": "some.Scheduler"}, "scheduler_cls='some.Scheduler': lvspec brings its own scheduler"),
         ({"logits_processors": ["some.Processor"]}, "logits_processors=list: not supported.*must be None"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -3,7 +3,8 @@
 vLLM's list of methods is closed, but it has `custom_class`, worker classes by name, and `additional_config` that
 travels to all workers. So `lvspec` is put into these words when the engine's configuration is made; the arguments that
 the user passed stay as they were. These two wrappers are all that this package changes in vLLM, but for two kernels
-on CPUs (`cpu_kernels`), which go through vLLM's own registry, and the strictness of requests with tools (`requests`).
+on CPUs (`cpu_kernels`), which go through vLLM's own registry, the strictness of requests with tools (`requests`), and a
+logger of statistics for engines with lvspec (`observe.metrics`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +30,7 @@ logger = init_logger("vllm.lvspec")
 PROPOSER = "vllm_lvspec.engine.proposer.LVSpecProposer"
 CPU_WORKER = "vllm_lvspec.engine.cpu.LVSpecCPUWorker"
 GPU_WORKER = "vllm_lvspec.engine.worker.LVSpecGPUWorker"
+SCHEDULER = "vllm_lvspec.engine.scheduler.LVSpecScheduler"
 SHORT_OPTIONS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
 
 
@@ -38,6 +41,12 @@ def teach_engine_args() -> None:
     EngineArgs.add_cli_args = staticmethod(_with_lvspec_word(EngineArgs.add_cli_args))
     EngineArgs.create_engine_config = _with_lvspec_translation(EngineArgs.create_engine_config)
     EngineArgs._lvspec_taught = True
+    logging.getLogger("vllm.config.scheduler").addFilter(_is_no_false_warning)
+
+
+def _is_no_false_warning(record: logging.LogRecord) -> bool:
+    """vLLM warns that other schedulers cost asynchronous scheduling, which drafters of this kind never have."""
+    return not (isinstance(record.args, tuple) and SCHEDULER in record.args)
 
 
 def lvspec_config(vllm_config: VllmConfig) -> LVSpecConfig:
@@ -99,11 +108,16 @@ def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) ->
         # Only now: in a vLLM that was not tested these imports might fail, in words that help nobody.
         from vllm_lvspec.engine.compatibility import check_arguments, check_engine
         from vllm_lvspec.engine.requests import checker_name, make_tool_calls_strict
+        from vllm_lvspec.observe.metrics import record_engines_with_lvspec
 
         config = LVSpecConfig.parse(settings)
         check_arguments(self)
         if self.worker_cls not in ("auto", CPU_WORKER, GPU_WORKER):
             raise LVSpecConfigError(f"worker_cls={self.worker_cls!r}: lvspec brings its own worker; leave it unset")
+        if self.scheduler_cls not in (None, SCHEDULER):
+            raise LVSpecConfigError(
+                f"scheduler_cls={self.scheduler_cls!r}: lvspec brings its own scheduler; leave it unset"
+            )
         if config.model is None:
             config = config.model_copy(update={"model": default_draft_model(self.model) or SELF})
         translated = {
@@ -116,6 +130,7 @@ def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) ->
             **dict.fromkeys(SHORT_OPTIONS),
             "logits_processors": [checker_name(config)],
             "worker_cls": CPU_WORKER if current_platform.is_cpu() else GPU_WORKER,
+            "scheduler_cls": SCHEDULER,
         }
         original = {name: getattr(self, name) for name in translated}
         try:
@@ -127,6 +142,7 @@ def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) ->
                 setattr(self, name, value)
         check_engine(vllm_config, config)
         make_tool_calls_strict()
+        record_engines_with_lvspec()
         logger.info(
             "lvspec: %s drafts %d tokens a step for %s (pruning=%s, pruning_ratio=%g); policy=%s%s",
             config.model,

@@ -8,17 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.distributed import get_tp_group
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.outputs import DraftTokenIds, SamplerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput, SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_lvspec.engine.counts import counts_of
 from vllm_lvspec.engine.proposer import LVSpecProposer
 from vllm_lvspec.engine.sampler import LVSpecRejectionSampler
+from vllm_lvspec.engine.scheduler import with_changes
 from vllm_lvspec.engine.scoring import PromptScores
 from vllm_lvspec.engine.verification import Verification
+from vllm_lvspec.observe.metrics import Changes
 
 
 @dataclass
@@ -54,6 +58,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.step_times = StepTimes()
+        self._changes = Changes()
         self._step_started: float | None = None
         self._undrafted: SpecDecodeMetadata | None = None  # of the last batch where nobody had a draft
         # Of a step with nothing to prefill: its start, moved on by its drafting's time, its requests, their rows and
@@ -135,7 +140,13 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         if (state := self.execute_model_state) is not None:
             self.verification.begin_step(state.scheduler_output, state.hidden_states, state.aux_hidden_states)
             self.scores.add_similarity()
-        return super().sample_tokens(grammar_output)
+        return self._with_counts(super().sample_tokens(grammar_output))
+
+    def _with_counts(self, output: Any) -> Any:
+        """The end of a step, where it is one, with what has been counted since the last."""
+        if not isinstance(output, ModelRunnerOutput) or not get_tp_group().is_first_rank:
+            return output  # the scheduler hears the first rank only
+        return with_changes(output, self._changes.since_last(counts_of(self)))
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._bookkeeping_sync(*args, **kwargs)
@@ -151,7 +162,8 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         self._step_started = started if is_decode else None
         self.scores.begin_step(scheduler_output)
         try:
-            return super().execute_model(scheduler_output, *args, **kwargs)
+            # A step without tokens ends here: requests that have ended are forgotten in it.
+            return self._with_counts(super().execute_model(scheduler_output, *args, **kwargs))
         finally:
             self.scores.begin_step(None)
 

@@ -1,0 +1,62 @@
+"""What is deployed beside the plugin speaks of metrics that it has."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import prometheus_client
+import pytest
+
+from vllm_lvspec.observe.metrics import METRICS
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+DASHBOARD = DEPLOY / "grafana" / "dashboard.json"
+ALERTS = DEPLOY / "grafana" / "alerts.yml"
+ENDINGS = {
+    prometheus_client.Counter: ("_total",),
+    prometheus_client.Gauge: ("",),
+    prometheus_client.Histogram: ("_sum", "_count", "_bucket"),
+}
+
+
+def expressions():
+    found = [target["expr"] for panel in json.loads(DASHBOARD.read_text())["panels"] for target in panel["targets"]]
+    return [*found, *re.findall(r"expr: >\n((?:\s{10}.*\n)+)", ALERTS.read_text())]
+
+
+def test_dashboard_and_alerts_ask_for_series_that_exist_with_labels_that_they_have():
+    assert len(expressions()) > 20
+    known = {name + ending: metric for name, metric in METRICS.items() for ending in ENDINGS[metric.kind]}
+    asked = set()
+    for expression in expressions():
+        for name, matchers in re.findall(r"lvspec:(\w+)(?:{([^}]*)})?", expression):
+            metric = known[name]
+            asked.add(metric)
+            for label, _, value in re.findall(r'(\w+)(=~|=)"([^"]*)"', matchers):
+                assert label in ("model_name", metric.label)
+                if label == metric.label:
+                    assert set(value.split("|")) <= set(metric.values)
+        for labels in re.findall(r"by \(([\w, ]+)\)", expression):
+            assert set(labels.split(", ")) <= {"model_name", "le", *(metric.label for metric in METRICS.values())}
+    assert len(asked) >= 9
+
+
+def test_panels_lie_side_by_side_and_are_explained():
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    cells = [
+        (x, y)
+        for place in (panel["gridPos"] for panel in panels)
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(cells) == len(set(cells)) and max(x for x, _ in cells) == 23
+    assert all(panel["description"].endswith(".") for panel in panels)
+    assert len({panel["id"] for panel in panels}) == len(panels)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool, which comes with Prometheus, is not installed")
+def test_alerts_fire_when_they_should():
+    done = subprocess.run(["promtool", "test", "rules", "alerts_test.yml"], cwd=ALERTS.parent, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
