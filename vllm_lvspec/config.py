@@ -16,6 +16,7 @@ from vllm_lvspec.verify.sources import AnchorSource
 
 METHOD: Literal["lvspec"] = "lvspec"
 SELF = "self"  # the target as its own drafter
+MAX_TRACES = 256
 MAX_SPECULATIVE_TOKENS = 128  # vLLM's rejection sampler takes no longer chains
 
 
@@ -119,6 +120,14 @@ class LVSpecConfig(BaseModel):
         gt=0,
         allow_inf_nan=False,
         description="bound of the drafter's cache of visual embeddings per rank in GiB",
+    )
+    trace: int = Field(
+        0,
+        ge=0,
+        le=MAX_TRACES,
+        strict=True,
+        description="how many finished requests are kept token by token, with why each was emitted, for whoever may "
+        "ask the server; 0: none",
     )
 
     @field_validator("pruning")

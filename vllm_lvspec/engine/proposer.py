@@ -327,6 +327,17 @@ class LVSpecProposer:
         grid = self._grids.get(item.identifier, item.grid)
         return replace(item, grid=grid) if grid.num_tokens == len(item.rows) else item
 
+    def items_of(self, state: CachedRequestState) -> list[VisualItem]:
+        """What a request sees, in the prompt's order."""
+        items = [self._visual_item(feature) for feature in state.mm_features if feature.modality in PIXELS]
+        return sorted(items, key=lambda item: item.rows[0])
+
+    def kept_of(self, req_id: str) -> list[int] | None:
+        """Which places of a request's prompt the drafter sees; None where it has not read it."""
+        assert self.drafter is not None
+        sequence = self.drafter.sequences.get(req_id)
+        return None if sequence is None else sequence.kept
+
     def stats(self) -> dict[str, int]:
         """Counts since the start, and what the caches hold."""
         assert self.drafter is not None

@@ -29,7 +29,8 @@ from vllm_lvspec.draft.pruning import STRATEGIES
 from vllm_lvspec.engine.arguments import lvspec_config
 from vllm_lvspec.engine.proposer import embedded_rows
 from vllm_lvspec.engine.requests import RequestError, end_ids, request_rules
-from vllm_lvspec.kernels.acceptance import EXACT, LOOSE, SHIFT, TARGET, Accepted
+from vllm_lvspec.engine.trace import RequestTrace, Traces, described
+from vllm_lvspec.kernels.acceptance import END, EXACT, LOOSE, SHIFT, TARGET, Accepted
 from vllm_lvspec.kernels.relevance import VisualPages
 from vllm_lvspec.verify.features import FeatureCache, Layout, Projection, num_shares, tag_of
 from vllm_lvspec.verify.guards import guard_words, token_kinds
@@ -41,6 +42,7 @@ from vllm_lvspec.verify.verifier import Choices, Verifier
 logger = init_logger("vllm.lvspec")
 
 REASONS = {"exact": EXACT, "loose": LOOSE, "shift": SHIFT, "target": TARGET}
+NAMES = {reason: name for name, reason in REASONS.items()}
 NUM_FINISHED = 1024  # requests whose counts are kept after their end
 FEATURES_AT_ONCE = 4096  # a long video's are not copied all at once
 
@@ -112,6 +114,9 @@ class Verification:
         self.seconds = 0.0
         self.reasons = np.zeros(TARGET + 1, dtype=np.int64)
         self.counts = {"loose_chains": 0, "strict_chains": 0, "missing_features": 0}
+        self.verified = {"anchor": 0, "filler": 0, "strict": 0}  # drafted tokens
+        self.accepted_lengths = [0] * (self.config.num_speculative_tokens + 1)  # chains, by how many were accepted
+        self.relaxation = self.config.relaxation if POLICIES[self.config.policy].has_relaxation else 0.0
         self.finished: deque[tuple[str, list[int]]] = deque(maxlen=NUM_FINISHED)
         self._requests: dict[str, _Request] = {}
         self._states: torch.Tensor | None = None
@@ -120,11 +125,18 @@ class Verification:
         # Of the last batch: its requests, where their visual tokens stand, where each request's begin.
         self._visual: tuple[tuple, torch.Tensor, torch.Tensor] | None = None
         self._accepted: Accepted | None = None
+        self.traces: Traces | None = None
+        self._rules: Sequence[RequestRules] = ()  # by which the batch's drafts are verified
+        self._num_drafted: Sequence[int] = ()  # of the batch's requests; nothing where nobody has a draft
         model = vllm_config.model_config
         tokenizer = get_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
         words = guard_words(self.config.guard_languages, self.config.guard_words)
         kinds = token_kinds(tokenizer, model.get_vocab_size(), self._end_ids(tokenizer), words)
         self.verifier = Verifier(self.config, kinds.to(runner.device))
+        if self.config.trace:
+            is_end = functools.partial(_ends_chain, (kinds.numpy() & END) != 0)
+            keeps = get_tp_group().is_first_rank  # whom the server asks
+            self.traces = Traces(self.config.trace, keeps, is_end, self.config.anchor_threshold)
 
     @functools.cached_property
     def uses_features(self) -> bool:
@@ -249,7 +261,10 @@ class Verification:
     def begin_step(self, scheduler_output: Any, hidden: torch.Tensor, inner: list[torch.Tensor] | None) -> None:
         """Store the features of the visual tokens that this step has computed."""
         self._accepted = None
+        self._num_drafted = ()
         self._states = None
+        if self.traces is not None:
+            self.traces.begin_step()
         if not self.uses_features:
             return
         num_tokens = scheduler_output.total_num_scheduled_tokens
@@ -369,6 +384,10 @@ class Verification:
         loose = [bool(n) and not r.is_strict for r, n in zip(rules, drafted, strict=True)]
         self.counts["loose_chains"] += sum(loose)
         self.counts["strict_chains"] += sum(bool(n) for n in drafted) - sum(loose)
+        self._count_verified(rules, drafted, loose)
+        if self.traces is not None:
+            self._rules = rules
+            self.traces.note_drafts(metadata.draft_token_ids, drafted)
         if not any(loose):
             return None
         rows = metadata.logits_indices[metadata.target_logits_indices].long()
@@ -449,6 +468,9 @@ class Verification:
         if batch.queries is not None and batch.pages is not None:
             relevance = self.verifier.relevance(batch.queries, choices.starts, batch.pages, max_drafted)
         self._accepted = self.verifier.verify(choices, batch.rules, max_drafted, relevance)
+        if self.traces is not None:
+            own = [self._own(req_id) for req_id in self.runner.input_batch.req_ids]
+            self.traces.note_choices(choices, relevance, batch.queries, batch.pages, own, self.verifier.gather)
         return self._accepted.token_ids
 
     # Counting -----------------------------------------------------------------------------------------------------
@@ -457,10 +479,19 @@ class Verification:
     def count(self, emitted: Sequence[list[int]]) -> None:
         """Count the reasons of a step's tokens, but for those that the scheduler cuts off at an end or a length."""
         reasons = None if self._accepted is None else self._accepted.reasons.cpu().numpy()
+        for i, (num_drafted, tokens) in enumerate(zip(self._num_drafted, emitted, strict=False)):
+            if num_drafted and tokens:
+                is_last_own = reasons is None or reasons[i, len(tokens) - 1] == TARGET
+                self.accepted_lengths[len(tokens) - is_last_own] += 1
         max_model_len = self.vllm_config.model_config.max_model_len
         num_alone = 0
         for i, (req_id, tokens) in enumerate(zip(self.runner.input_batch.req_ids, emitted, strict=False)):
-            if reasons is None and len(tokens) == 1 and (known := self._requests.get(req_id)) is not None:
+            if (
+                self.traces is None
+                and reasons is None
+                and len(tokens) == 1
+                and (known := self._requests.get(req_id)) is not None
+            ):
                 known.num_alone += 1  # in every step of every request where nothing is drafted, and never cut off
                 num_alone += 1
                 continue
@@ -476,10 +507,53 @@ class Verification:
                 found[-1] = TARGET
             else:
                 found = reasons[i, : len(tokens)]
+            if self.traces is not None and self.traces.keeps and kept > 0:
+                self._trace(i, state, tokens[:kept], found[:kept])
             counted = np.bincount(found[: max(kept, 0)], minlength=TARGET + 1)
             request.reasons += counted
             self.reasons += counted
         self.reasons[TARGET] += num_alone
+
+    def _count_verified(self, rules: Sequence[RequestRules], drafted: Sequence[int], loose: Sequence[bool]) -> None:
+        self._num_drafted = drafted
+        relaxations = []
+        for request, num, is_loose in zip(rules, drafted, loose, strict=True):
+            if is_loose:
+                policy = POLICIES[request.policy]
+                num_fillers = policy.num_fillers(request.relaxation, num)
+                self.verified["filler"] += num_fillers
+                self.verified["anchor"] += num - num_fillers
+                relaxations.append(request.relaxation if policy.has_relaxation else 0.0)
+            else:
+                self.verified["strict"] += num
+        if relaxations:
+            self.relaxation = sum(relaxations) / len(relaxations)
+
+    def _own(self, req_id: str) -> np.ndarray:
+        """Which of a request's visual tokens have their features on this rank; none where it has never had a draft."""
+        request = self._requests.get(req_id)
+        if request is None or self.features is None:
+            return np.zeros(0, np.int64)
+        return np.flatnonzero(self.features.layout.own(request.positions))
+
+    def _trace(self, row: int, state: CachedRequestState, tokens: list[int], reasons: np.ndarray) -> None:
+        assert self.traces is not None
+        request = self._request(state)
+        drafter = self.runner.drafter
+        trace = self.traces.request(
+            state.req_id,
+            lambda: RequestTrace(
+                state.req_id,
+                request.rules.policy,
+                request.rules.relaxation,
+                [described(item) for item in drafter.items_of(state)],
+            ),
+        )
+        if trace.kept is None and (kept := drafter.kept_of(state.req_id)) is not None:
+            trace.kept = np.flatnonzero(np.isin(request.positions, kept)).tolist()
+        rules = self._rules[row] if len(self._num_drafted) else RequestRules()
+        names = [NAMES[reason] for reason in reasons]
+        self.traces.add(trace, row, rules, tokens, names)
 
     def preempt(self, req_id: str) -> None:
         """The request's blocks are gone, and with them what is known of its features."""
@@ -490,13 +564,21 @@ class Verification:
         """Forget a request, but for its counts."""
         if (request := self._requests.pop(req_id, None)) is not None:
             self.finished.append((req_id, request.counts()))
+            if self.traces is not None:
+                self.traces.finish(req_id)
             self._visual = None
+
+    def tokens_by_reason(self) -> dict[str, int]:
+        return {name: int(self.reasons[reason]) for name, reason in REASONS.items()}
 
     def stats(self) -> dict[str, Any]:
         """Tokens by reason, requests' steps by how they were verified, and the stream's relevance."""
         return {
-            **{f"tokens_{name}": int(self.reasons[reason]) for name, reason in REASONS.items()},
+            **{f"tokens_{name}": count for name, count in self.tokens_by_reason().items()},
+            **{f"verified_{kind}": count for kind, count in self.verified.items()},
             **self.counts,
+            "accepted_lengths": list(self.accepted_lengths),
+            "relaxation": self.relaxation,
             "relevance_counts": self.verifier.relevance_counts.tolist(),
             "feature_bytes": 0 if self.features is None else self.features.num_bytes,
         }
@@ -506,6 +588,11 @@ class Verification:
         counts = dict(self.finished)
         counts |= {req_id: request.counts() for req_id, request in self._requests.items()}
         return {req_id: dict(zip(REASONS, row, strict=True)) for req_id, row in counts.items()}
+
+
+def _ends_chain(is_end: np.ndarray, token: int, rules: RequestRules) -> bool:
+    """Whether a drafted token ends its chain; `is_end [vocab_size]`: the model's own end tokens."""
+    return token in rules.stop_ids or (rules.ends and token < len(is_end) and bool(is_end[token]))
 
 
 def _until_end(tokens: list[int], params: SamplingParams) -> int:

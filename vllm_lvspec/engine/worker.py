@@ -43,6 +43,11 @@ class LVSpecWorker(Worker):
         """Tokens by reason, by request: those that run, and the last that have finished."""
         return self.model_runner.verification.request_reasons()
 
+    def lvspec_trace(self, request_id: str) -> list[dict[str, Any]] | None:
+        """`RequestTrace` of each choice of a request, by the client's name for it; only the first rank has any."""
+        traces = self.model_runner.verification.traces
+        return None if traces is None else traces.of(request_id)
+
     def lvspec_step_times(self) -> dict[str, float]:
         """`StepTimes` of this rank; over all steps the drafter's seconds for prompts, and the target's for scores."""
         runner = self.model_runner

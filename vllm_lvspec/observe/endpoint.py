@@ -1,0 +1,106 @@
+"""Routes under `/v1/lvspec`: what the plugin has done, and why a request's tokens are what they are.
+
+vLLM loads endpoint plugins only where `VLLM_PLUGINS` names them, and its API keys guard what is under `/v1`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from argparse import Namespace
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.datastructures import State
+from vllm.engine.protocol import EngineClient
+from vllm.tokenizers.detokenizer_utils import detokenize_incrementally
+
+from vllm_lvspec.config import METHOD
+
+router = APIRouter(prefix=f"/v1/{METHOD}", tags=[METHOD])
+ERRORS: dict[int | str, dict[str, Any]] = {
+    HTTPStatus.NOT_FOUND.value: {"description": "the server does not use lvspec, or keeps no such trace"}
+}
+
+
+class LVSpecEndpoint:
+    """`vllm.endpoint_plugins`: one per API server."""
+
+    name = METHOD
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        app.include_router(router)
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        state.lvspec_engine = engine_client if engine_client is not None and _settings(engine_client) else None
+
+
+def _settings(engine: EngineClient) -> dict[str, Any] | None:
+    more = engine.vllm_config.additional_config
+    return more.get(METHOD) if isinstance(more, dict) else None
+
+
+def _error(message: str, status: HTTPStatus = HTTPStatus.NOT_FOUND) -> JSONResponse:
+    """As vLLM's own errors are written."""
+    kind = status.phrase.replace(" ", "") + "Error"
+    return JSONResponse(
+        {"error": {"message": message, "type": kind, "param": None, "code": status.value}}, status.value
+    )
+
+
+def _no_lvspec() -> JSONResponse:
+    return _error("this server decodes without lvspec: start it with --speculative-config lvspec")
+
+
+@router.get("/stats", responses=ERRORS)
+async def stats(request: Request) -> JSONResponse:
+    """The plugin's settings, and what each rank has counted since the start."""
+    engine: EngineClient | None = request.app.state.lvspec_engine
+    if engine is None:
+        return _no_lvspec()
+    ranks = await engine.collective_rpc("lvspec_stats")
+    return JSONResponse({"model": _model(engine), "settings": _settings(engine), "ranks": ranks})
+
+
+@router.get("/trace/{request_id:path}", responses=ERRORS)  # clients may name requests as they like
+async def trace(request: Request, request_id: str) -> JSONResponse:
+    """Every token of a request that runs or is among the last that have finished, and why it was emitted."""
+    engine: EngineClient | None = request.app.state.lvspec_engine
+    if engine is None:
+        return _no_lvspec()
+    settings = _settings(engine)
+    if settings is None or not settings["trace"]:
+        return _error('this server keeps no traces: set "trace" in --speculative-config to how many it may keep')
+    choices = (await engine.collective_rpc("lvspec_trace", args=(request_id,)))[0]
+    if not choices:
+        return _error(
+            f"request_id={request_id!r}: not among the requests that run and the last {settings['trace']} finished ones"
+        )
+    for choice in choices:
+        await asyncio.to_thread(add_texts, choice, engine.renderer.get_tokenizer())
+    return JSONResponse({"model": _model(engine), "settings": settings, "choices": choices})
+
+
+def _model(engine: EngineClient) -> str:
+    return str(engine.vllm_config.model_config.served_model_name)
+
+
+def add_texts(trace: dict[str, Any], tokenizer: Any) -> None:
+    """Write beside the ids in a `RequestTrace` what they say: `text`, `target_text`, `draft_text`.
+
+    A token's text is what it adds to the answer: characters may take several tokens, and the last one has them.
+    """
+    ids: list[int] = []
+    pieces: list[str] | None = None
+    prefix = read = 0
+    for token in trace["tokens"]:
+        ids.append(token["token_id"])
+        new, token["text"], prefix, read = detokenize_incrementally(tokenizer, ids, pieces, prefix, read)
+        if pieces is None:
+            pieces = []
+        pieces.extend(new)
+        for name in ("target", "draft"):
+            known = token[f"{name}_id"]
+            token[f"{name}_text"] = None if known is None or known < 0 else tokenizer.decode([known])
