@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 from pathlib import Path
@@ -150,6 +151,75 @@ def bench(
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
+        raise typer.Exit(130) from None
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def doctor(context: typer.Context) -> None:
+    """What `vllm serve` with the same arguments would use, whether it fits into memory, and why not.
+
+    Exit codes: 0 fine, 2 refused, 3 too large, 4 a vLLM that this package does not work with.
+    """
+    from vllm_lvspec.engine.doctor import examine
+
+    raise typer.Exit(examine(context.args, Console()))
+
+
+@app.command()
+def inspect(
+    video: Annotated[Path | None, typer.Argument(help="the video that is asked about, or that a trace is of")] = None,
+    prompt: Annotated[str, typer.Option(help="what is asked")] = "Describe the video in full detail.",
+    html: Annotated[
+        Path | None, typer.Option(help="write a page; without it the answer is shown in the terminal")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="write the trace")] = None,
+    trace: Annotated[Path | None, typer.Option(help="show a trace that was saved, and ask nobody")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="ask a server that runs with tracing on, such as http://localhost:8000/v1")
+    ] = None,
+    request: Annotated[str | None, typer.Option(help="with --url: show this request's trace, and ask nothing")] = None,
+    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="of that server")] = "none",
+    family: Family = "qwen2_5_vl",
+    model: Target = None,
+    draft: Draft = None,
+    policy: Annotated[str | None, typer.Option(help="of this request: strict, or the server's")] = None,
+    relaxation: Annotated[float | None, typer.Option(help="of this request")] = None,
+    max_tokens: Annotated[int, typer.Option(help="of the answer")] = 256,
+) -> None:
+    """Show an answer token by token: what was accepted loosely, what the target would have said, and what was seen."""
+    from vllm_lvspec.observe.inspect import InspectError, Question, ask, fetch_trace, read_trace, show, write_page
+    from vllm_lvspec.reference import PAIRS
+    from vllm_lvspec.serving import ServerError
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    console = Console()
+    try:
+        if family not in PAIRS:
+            raise InspectError(f"family={family!r}: must be one of {', '.join(PAIRS)}")
+        if trace is not None:
+            found = read_trace(trace)
+        elif request is not None:
+            if url is None:
+                raise InspectError(f"request={request!r}: of which server? Say --url, too")
+            found = fetch_trace(url.rstrip("/"), request, api_key)
+        elif video is None:
+            raise InspectError("no video: name one, or --trace FILE, or --url URL --request ID")
+        else:
+            question = Question(video, prompt, url, api_key, model, draft, family, policy, relaxation, max_tokens)
+            with console.status("the engine starts") as status:
+                found = ask(question, lambda seconds: status.update(f"the engine starts ({seconds:.0f} s)"))
+        if json_path is not None:
+            json_path.write_text(json.dumps(found, indent=1))
+        if html is not None:
+            write_page(html, found, video)
+            console.print(f"{html}: {html.stat().st_size / 1e6:.1f} MB", highlight=False)
+        else:
+            show(console, found)
+    except (InspectError, ServerError) as error:
+        console.print(str(error), style="red", highlight=False, markup=False)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        console.print("stopped")
         raise typer.Exit(130) from None
 
 

@@ -134,11 +134,10 @@ class VLLMDraftModel:
                     f"{bytes_per_block / GiB_bytes:.3g} GiB; must be at least that"
                 )
             return wanted
-        scheduler = self.vllm_config.scheduler_config
+        num_requests = self.vllm_config.scheduler_config.max_num_seqs
         blocks_per_request = -(-self.max_model_len // spec.block_size)
-        everything = scheduler.max_num_seqs * blocks_per_request * bytes_per_block
-        bound = min(DEFAULT_CACHE_GIB * GiB_bytes, DEFAULT_CACHE_SHARE * _device_memory(self.device))
-        return _least_of_ranks(max(min(everything, int(bound)), bytes_per_block))
+        memory = device_memory(self.device)
+        return _least_of_ranks(default_cache_bytes(num_requests * blocks_per_request, bytes_per_block, memory))
 
     # What the drafter asks for ------------------------------------------------------------------------------------
 
@@ -345,7 +344,14 @@ def _least_of_ranks(value: int) -> int:
     return int(least)
 
 
-def _device_memory(device: torch.device) -> int:
+def default_cache_bytes(num_blocks: int, bytes_per_block: int, memory: int) -> int:
+    """Size of the drafter's cache where none is set: `num_blocks`, as far as a device of `memory` bytes has room."""
+    bound = min(DEFAULT_CACHE_GIB * GiB_bytes, DEFAULT_CACHE_SHARE * memory)
+    return max(min(num_blocks * bytes_per_block, int(bound)), bytes_per_block)
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that it has in all."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     import psutil

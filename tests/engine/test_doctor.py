@@ -1,0 +1,73 @@
+"""`lvspec doctor` on the bundled pair: what would be used, whether it fits, and its exit codes."""
+
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_lvspec.cli import app
+from vllm_lvspec.engine import doctor
+from vllm_lvspec.engine.doctor import FINE, REFUSED, TOO_LARGE, WRONG_VERSION, Fit, Part, weight_bytes
+from vllm_lvspec.reference import DRAFT, TARGET
+
+SMALL = ("--max-model-len", "1024", "--max-num-seqs", "4", "--dtype", "float32")
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, ["doctor", str(TARGET), *SMALL, *arguments])
+    return result.exit_code, " ".join(result.output.split())
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_size(monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # which other tests set, and vLLM prefers
+
+
+def test_a_pair_that_fits_is_described_with_the_command_that_serves_it():
+    code, shown = run("--kv-cache-memory-bytes", "256M")
+    assert code == FINE, shown
+    for said in ("vllm-lvspec", "cores", "Qwen2_5_VL", "uniform, 90% of a video pruned", "relaxation 0.9", "CPU_ATTN"):
+        assert said in shown
+    assert "✓ fits: KV cache of 0.250 GiB" in shown
+    assert shown.replace(" ", "").endswith("--speculative-configlvspec")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--kv-cache-memory-bytes", "1M"), TOO_LARGE, "max_model_len=1024: lower it"),
+        (("--gpu-memory-utilization", "1.0"), TOO_LARGE, "are free: lower gpu_memory_utilization"),
+        (("--enable-lora",), REFUSED, "enable_lora=True: not supported with lvspec"),
+        (("-sc", "lvspec:/no/such/drafter"), REFUSED, "no such drafter"),
+        (("-sc", '{"method": "ngram", "num_speculative_tokens": 2}'), REFUSED, "must be lvspec"),
+    ],
+)
+def test_what_does_not_fit_or_is_refused_is_named_and_has_an_exit_code(arguments, code, said):
+    found, shown = run(*arguments)
+    assert found == code and said in shown, shown
+
+
+def test_another_vllm_is_named(monkeypatch):
+    monkeypatch.setattr(doctor, "is_tested_vllm", lambda: False)
+    monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", None)  # such a vLLM may lack anything
+    code, shown = run()
+    assert code == WRONG_VERSION and "lvspec works with vllm" in shown
+
+
+def test_the_size_of_weights_is_that_of_the_files_of_one_format(tmp_path):
+    assert weight_bytes(str(DRAFT)) == sum(file.stat().st_size for file in DRAFT.glob("*.safetensors")) > 0
+    (tmp_path / "model.safetensors").write_bytes(bytes(10))
+    (tmp_path / "pytorch_model.bin").write_bytes(bytes(99))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "more.safetensors").write_bytes(bytes(1000))
+    assert weight_bytes(str(tmp_path)) == 10
+    assert doctor._of_one_format({"a.safetensors": 3, "b.safetensors": 4, "original/c.safetensors": 5}) == 7
+    assert weight_bytes("nobody/knows-this") is None
+
+
+def test_room_is_what_parts_leave_and_unknown_where_one_is():
+    parts = [Part("target", 6, ""), Part("drafter", 2, "")]
+    assert Fit(parts, 20, 20, None, bytes_per_token=2, feature_bytes_per_token=1).num_tokens == 4
+    assert Fit(parts, 20, 20, 4, bytes_per_token=2, feature_bytes_per_token=1).num_tokens == 2
+    assert Fit(parts, 5, 20, None, bytes_per_token=2, feature_bytes_per_token=1).num_tokens == 0
+    assert Fit([*parts, Part("x", None, "")], 20, 20, None, 2, 1).num_tokens is None
