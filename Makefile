@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 OPENMP := $(CURDIR)/$(VENV)/lib/libiomp5.so
 RUN := env HF_HUB_OFFLINE=1 $$(test -e $(OPENMP) && echo LD_PRELOAD=$(OPENMP))
 
-.PHONY: help setup demo test views lint format bench bench-gpu benchmarks-page pairs clean
+.PHONY: help setup demo test views soak lint format bench bench-gpu benchmarks-page pairs clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -33,6 +33,9 @@ views: setup ## Run the tests of lossless outputs with every view that a drafter
 	for view in $(VIEWS); do \
 		echo "$$view"; export LVSPEC_TEST_VIEW="$$view"; $(call PYTEST,$(LOSSLESS)) || exit; \
 	done
+
+soak: setup ## Load a server for ten minutes with videos, texts, aborts and wrong requests, on one rank and on two
+	for ranks in 1 2; do $(RUN) $(BIN)/python tests/serve/soak.py --seconds 600 --tensor-parallel-size $$ranks || exit; done
 
 lint: setup ## Check style and types
 	$(BIN)/ruff check .

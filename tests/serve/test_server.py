@@ -12,6 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
+import httpx
+import numpy as np
 import openai
 import psutil
 import pytest
@@ -161,6 +164,46 @@ def test_a_corrupt_video_is_a_4xx_and_the_server_lives(data, client, server):
     assert ask(client, message(QUESTION, CLIP.as_uri())).choices[0].message.content
 
 
+def video(tmp_path, num_frames, width, height):
+    """A file of so many frames; OpenCV writes one of no frames, too."""
+    path = tmp_path / "video.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 8, (width, height))
+    for i in range(num_frames):
+        writer.write(np.full((height, width, 3), 7 * i % 256, np.uint8))
+    writer.release()
+    return data_url(path.read_bytes())
+
+
+def answer_or_status(client, messages):
+    """200 and eight tokens, or the status of an error and None."""
+    try:
+        return 200, ask(client, messages, max_tokens=8, extra_body={"ignore_eos": True})
+    except openai.APIStatusError as error:
+        return error.status_code, None
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "width", "height"), [(0, 64, 64), (8, 2, 2), (8, 2, 900), (4000, 32, 32), (400, 640, 480)]
+)
+def test_a_video_of_any_size_is_answered_or_a_4xx_and_the_server_lives(
+    num_frames, width, height, tmp_path, client, server
+):
+    status, answer = answer_or_status(client, message(QUESTION, video(tmp_path, num_frames, width, height)))
+    assert 400 <= status < 500 or (status == 200 and num_frames > 0 and answer.usage.completion_tokens == 8)
+    assert server.is_healthy()
+    assert ask(client, message(QUESTION, CLIP.as_uri())).choices[0].message.content
+
+
+def test_an_image_of_one_pixel_is_answered_or_a_4xx_and_the_server_lives(client, server):
+    pixel = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(pixel, "png")
+    pixels = message("What is it?", data_url(pixel.getvalue(), "image/png"), "image_url")
+    status, _ = answer_or_status(client, pixels)
+    assert status == 200 or 400 <= status < 500
+    assert server.is_healthy()
+    assert ask(client, message(QUESTION, CLIP.as_uri())).choices[0].message.content
+
+
 def test_a_prompt_that_is_too_long_is_a_400(client, server):
     with pytest.raises(openai.BadRequestError):
         ask(client, message("the red circle moves " * 600, CLIP.as_uri()))
@@ -188,6 +231,32 @@ def test_cancelled_streams_leave_nothing_running_and_others_unharmed(client, ser
             break
         time.sleep(0.1)
     assert server.metric("vllm:num_requests_running") == 0
+
+
+def test_a_killed_worker_ends_the_server_and_no_request_hangs():
+    with serve(
+        TARGET, "--speculative-config", "lvspec", "--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager",
+        "--served-model-name", "reference", "--allowed-local-media-path", str(CLIPS),
+        *PAIRS["qwen2_5_vl"].server_arguments,
+    ) as running:  # fmt: skip
+        client = openai.OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0, timeout=120)
+        options = {"max_tokens": 800, "extra_body": {"ignore_eos": True}}
+        stream = ask(client, message(QUESTION, CLIP.as_uri()), stream=True, **options)
+        next(iter(stream))
+        family = psutil.Process(running.process.pid).children(recursive=True)
+        (worker,) = [process for process in family if "Worker" in "".join(process.cmdline())]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            waiting = pool.submit(ask, client, message(QUESTION, CLIP.as_uri()), **options)
+            worker.kill()
+            with pytest.raises(openai.OpenAIError):
+                waiting.result(timeout=120)
+        # What has begun ends, with an error or the connection; nobody waits for ever.
+        with pytest.raises((openai.OpenAIError, httpx.HTTPError)):
+            for _ in stream:
+                pass
+        running.process.wait(timeout=120)
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert not alive
 
 
 def test_a_wrong_setting_ends_vllm_serve_with_one_line():
