@@ -56,7 +56,29 @@ def test_panels_lie_side_by_side_and_are_explained():
     assert len({panel["id"] for panel in panels}) == len(panels)
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool, which comes with Prometheus, is not installed")
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool, which comes with Prometheus, is not installed"
+)
+
+
+def promtool(*arguments, cwd):
+    done = subprocess.run(["promtool", *arguments], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
 def test_alerts_fire_when_they_should():
-    done = subprocess.run(["promtool", "test", "rules", "alerts_test.yml"], cwd=ALERTS.parent, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    promtool("test", "rules", "alerts_test.yml", cwd=ALERTS.parent)
+
+
+@needs_promtool
+def test_panels_ask_in_the_language_of_prometheus(tmp_path):
+    asked = [expression.replace("$__rate_interval", "5m").replace("$model", ".*") for expression in expressions()]
+    rules = [{"record": f"panel:{i}", "expr": expression} for i, expression in enumerate(asked)]
+    (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "panels", "rules": rules}]}))
+    promtool("check", "rules", "rules.yml", cwd=tmp_path)
+    (tmp_path / "rules.yml").write_text(
+        json.dumps({"groups": [{"name": "x", "rules": [{"record": "a", "expr": "("}]}]})
+    )
+    with pytest.raises(AssertionError, match="could not parse"):
+        promtool("check", "rules", "rules.yml", cwd=tmp_path)
