@@ -34,6 +34,7 @@ from vllm_lvspec.kernels.acceptance import END, EXACT, LOOSE, SHIFT, TARGET, Acc
 from vllm_lvspec.kernels.relevance import VisualPages
 from vllm_lvspec.verify.features import FeatureCache, Layout, Projection, num_shares, tag_of
 from vllm_lvspec.verify.guards import guard_words, token_kinds
+from vllm_lvspec.verify.matches import FEATURES_AT_ONCE
 from vllm_lvspec.verify.policies import POLICIES
 from vllm_lvspec.verify.rules import RequestRules
 from vllm_lvspec.verify.sources import AnchorSource
@@ -44,7 +45,6 @@ logger = init_logger("vllm.lvspec")
 REASONS = {"exact": EXACT, "loose": LOOSE, "shift": SHIFT, "target": TARGET}
 NAMES = {reason: name for name, reason in REASONS.items()}
 NUM_FINISHED = 1024  # requests whose counts are kept after their end
-FEATURES_AT_ONCE = 4096  # a long video's are not copied all at once
 
 
 @dataclass

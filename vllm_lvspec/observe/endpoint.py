@@ -42,12 +42,10 @@ def _settings(engine: EngineClient) -> dict[str, Any] | None:
     return more.get(METHOD) if isinstance(more, dict) else None
 
 
-def _error(message: str, status: HTTPStatus = HTTPStatus.NOT_FOUND) -> JSONResponse:
+def _error(message: str) -> JSONResponse:
     """As vLLM's own errors are written."""
-    kind = status.phrase.replace(" ", "") + "Error"
-    return JSONResponse(
-        {"error": {"message": message, "type": kind, "param": None, "code": status.value}}, status.value
-    )
+    status = HTTPStatus.NOT_FOUND.value
+    return JSONResponse({"error": {"message": message, "type": "NotFoundError", "param": None, "code": status}}, status)
 
 
 def _no_lvspec() -> JSONResponse:

@@ -114,8 +114,6 @@ class Changes:
 
 
 LABELS = ("model_name", "engine")  # as vLLM's
-
-
 LENGTHS = (*range(17), 20, 24, 32, 48, 64, 96, MAX_SPECULATIVE_TOKENS)  # the same for every engine of a process
 
 
