@@ -19,6 +19,10 @@ from . import _package  # noqa: F401
 
 MAX_TOP_N = 128
 
+# Shares of a request's visual tokens, each a program's: few of them fill a GPU only where there are many requests.
+FEW_SPLITS, MANY_SPLITS = 16, 128
+FULL_GPU = 256  # programs
+
 
 @dataclass(frozen=True)
 class VisualPages:
@@ -89,8 +93,9 @@ def _top_cosines_kernel(
         slot = (position % block_size).to(tl.int64)
         feature_rows = features_ptr + (block * features_block_stride + slot * features_slot_stride)[None, :]
         dot = tl.zeros([BLOCK_Q, BLOCK_V], tl.float32)
-        query_norm = tl.zeros([BLOCK_Q], tl.float32)
-        feature_norm = tl.zeros([BLOCK_V], tl.float32)
+        # Summed up once behind the loop: a sum over threads in every turn would have all wait for each other.
+        query_squares = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        feature_squares = tl.zeros([BLOCK_D, BLOCK_V], tl.float32)
         for d in range(0, width, BLOCK_D):
             column = d + tl.arange(0, BLOCK_D)
             is_column = column < width
@@ -101,16 +106,17 @@ def _top_cosines_kernel(
                 query, feature = query.to(tl.float32), feature.to(tl.float32)
             dot = tl.dot(query, feature, dot, input_precision="ieee")
             query, feature = query.to(tl.float32), feature.to(tl.float32)
-            query_norm += tl.sum(query * query, axis=1)
-            feature_norm += tl.sum(feature * feature, axis=0)
-        norms = tl.sqrt(query_norm)[:, None] * tl.sqrt(feature_norm)[None, :]
+            query_squares += query * query
+            feature_squares += feature * feature
+        query_norm, feature_norm = tl.sqrt(tl.sum(query_squares, axis=1)), tl.sqrt(tl.sum(feature_squares, axis=0))
+        norms = query_norm[:, None] * feature_norm[None, :]
         cosine = tl.where(norms == 0, 0.0, dot / tl.where(norms == 0, 1.0, norms))
         cosine = tl.where(is_visual[None, :], cosine, float("-inf"))
         is_bad |= tl.max((cosine != cosine).to(tl.int32), axis=1)
         cosine = tl.where(cosine != cosine, float("-inf"), cosine)
         # Of two falling lists, the larger of the i-th and the i-th from the end are the top of both.
         best = tl.topk(cosine, TOP)
-        top = tl.bitonic_merge(tl.maximum(top, tl.flip(best)), descending=True)
+        top = tl.bitonic_merge(tl.maximum(top, tl.flip(best, 1)), descending=True)
     top = tl.where(is_bad[:, None] > 0, float("nan"), top)
     rank = tl.arange(0, TOP)
     out = tops_ptr + (split * num_queries + query_idx).to(tl.int64)[:, None] * TOP + rank[None, :]
@@ -217,16 +223,19 @@ def launch_top_cosines(
     pages: VisualPages,
     top_n: int,
     max_queries: int,
-    num_splits: int = 16,
+    num_splits: int | None = None,
 ) -> torch.Tensor:
-    """Launch the kernel with `num_splits` (a power of two) shares of each request's visual tokens."""
+    """Launch the kernel with `num_splits` (a power of two) shares of each request's visual tokens, or a good number."""
     num_queries, width = queries.shape
     features, table = pages.features, pages.block_table
     top = max(2, triton.next_power_of_2(top_n))
+    block_q = 16 if max_queries <= 16 else 32
+    num_tiles = len(table) * triton.cdiv(max_queries, block_q)
+    if num_splits is None:
+        num_splits = FEW_SPLITS if num_tiles * FEW_SPLITS >= FULL_GPU else MANY_SPLITS
     tops = torch.full((num_splits, num_queries, top), float("-inf"), dtype=torch.float32, device=queries.device)
     if not num_queries:
         return tops
-    block_q = 16 if max_queries <= 16 else 32
     grid = len(table), triton.cdiv(max_queries, block_q), num_splits
     _top_cosines_kernel[grid](
         tops,
@@ -250,6 +259,7 @@ def launch_top_cosines(
         BLOCK_V=max(64, top),
         BLOCK_D=64,
         INTERPRETED=not queries.is_cuda,
+        num_stages=4,
     )
     return tops
 

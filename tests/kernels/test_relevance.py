@@ -98,7 +98,10 @@ def test_ranks_that_hold_a_share_each_find_together_what_one_finds_alone(launch,
         rows = [(pages.starts[r], pages.starts[r + 1]) for r in range(2)]
         own = [p[p % num_ranks == rank] // num_ranks for p in (pages.positions[a:b] for a, b in rows)]
         share = VisualPages(
-            pages.features[:, rank::num_ranks], pages.block_table, torch.cat(own), starts_of([len(p) for p in own])
+            pages.features[:, rank::num_ranks],
+            pages.block_table,
+            torch.cat(own),
+            starts_of([len(p) for p in own]).to(device),
         )
         if launch:
             tops.append(launch_top_cosines(queries, starts, share, 10, 4, num_splits=2))
