@@ -626,6 +626,20 @@ def test_relevance_is_counted_in_bins_and_apart_where_there_is_none():
     assert {i: n for i, n in enumerate(counts.tolist()) if n} == {0: 2, NUM_BINS // 2: 2, NUM_BINS - 1: 2, NUM_BINS: 4}
 
 
+def test_warming_up_runs_chains_of_all_lengths_and_counts_nothing(monkeypatch):
+    verifier = Verifier(LVSpecConfig(num_speculative_tokens=10), KINDS)
+    lengths = []
+    verify = verifier.verify
+    monkeypatch.setattr(verifier, "verify", lambda *args: lengths.append(args[2]) or verify(*args))
+    each = torch.tensor([0, 1], dtype=torch.int32)
+    pages = VisualPages(torch.zeros(2, 4, 1, 8), torch.zeros(1, 2, dtype=torch.int32), each[:1], each)
+    verifier.warm_up(pages)
+    assert lengths == [1, 3, 7, 10]  # 16 threads verify 10 tokens and the target's, 8, 4 and 2 those before
+    assert int(verifier.relevance_counts.sum()) == 0
+    verifier.warm_up(None)
+    assert lengths[4:] == [1, 3, 7, 10]
+
+
 def test_ranks_share_a_block_evenly_or_each_hold_all_of_it():
     assert [num_shares(16, ranks) for ranks in (1, 2, 3, 4, 16, 32)] == [1, 2, 1, 4, 16, 1]
     layouts = [Layout(10, 16, WIDTH, rank, 4) for rank in range(4)]

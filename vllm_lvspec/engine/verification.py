@@ -228,6 +228,18 @@ class Verification:
             group = get_tp_group()
             self.verifier.gather = lambda tops: group.all_gather(tops, dim=0)
 
+    def warm_up(self) -> None:
+        """Compile the kernels that verify loosely, so that no request waits for that."""
+        policy = POLICIES[self.config.policy]
+        if policy.score is None:
+            return
+        pages = None
+        if policy.uses_relevance:
+            stored = self._stored()
+            each = torch.tensor([0, 1], dtype=torch.int32, device=stored.device)
+            pages = VisualPages(stored, self.runner.input_batch.block_table[0].get_device_tensor(1), each[:1], each)
+        self.verifier.warm_up(pages)
+
     def _last_values(self, layer_name: str, spec: FullAttentionSpec) -> torch.Tensor:
         """The last layer's values as `[num_blocks, block_size, num_kv_heads, head_size]`, without a copy."""
         layer = self.vllm_config.compilation_config.static_forward_context[layer_name]

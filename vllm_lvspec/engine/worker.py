@@ -29,6 +29,7 @@ class LVSpecWorker(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()
+        self.model_runner.verification.warm_up()
         self.model_runner.measure_costs()
         return result
 

@@ -9,7 +9,7 @@ import torch
 
 from vllm_lvspec.config import LVSpecConfig
 from vllm_lvspec.kernels.acceptance import Accepted, Chains, accept
-from vllm_lvspec.kernels.relevance import VisualPages, mean_of_top, top_cosines
+from vllm_lvspec.kernels.relevance import FEW_SPLITS, FULL_GPU, VisualPages, mean_of_top, top_cosines
 from vllm_lvspec.verify.policies import POLICIES, Evidence
 from vllm_lvspec.verify.rules import RequestRules, batch_rules
 
@@ -51,6 +51,33 @@ class Verifier:
         self._relevance_counts = torch.zeros(NUM_BINS + 1, dtype=torch.int64, device=kinds.device)
         self._uncounted: list[torch.Tensor] = []
         self._rules: tuple | None = None
+
+    def warm_up(self, pages: VisualPages | None) -> None:
+        """Compile what a step may need, here and not under the first request; nothing is counted.
+
+        `pages`: of one request, on all ranks alike; None where relevance is not asked for.
+        """
+        top_n, device = self.config.anchor_top_n, self.kinds.device
+        most = self.config.num_speculative_tokens
+        rules = RequestRules(self.config.policy, self.config.relaxation)
+        for length in sorted({most, *(2**i - 1 for i in range(1, most.bit_length()))}):
+            ids = torch.zeros(length, dtype=torch.int32, device=device)
+            starts = torch.tensor([0, length], dtype=torch.int32, device=device)
+            relevance = None
+            if pages is not None:
+                queries = pages.features.new_zeros(length, pages.features[0, 0].numel())
+                relevance = mean_of_top(self.gather(top_cosines(queries, starts, pages, top_n, length)), top_n)
+            logits = torch.zeros(length, len(self.kinds), device=device)
+            self.verify(Choices(ids, ids, ids[:1], starts, ids == 0, logits, ids.long()), [rules], length, relevance)
+        if pages is not None:  # many requests have other shares of their visual tokens
+            count = FULL_GPU // FEW_SPLITS
+            each = torch.arange(count + 1, dtype=torch.int32, device=device)
+            many = VisualPages(
+                pages.features, pages.block_table.repeat(count, 1), pages.positions.repeat(count),
+                each * len(pages.positions),
+            )  # fmt: skip
+            queries = pages.features.new_zeros(count, pages.features[0, 0].numel())
+            mean_of_top(self.gather(top_cosines(queries, each, many, top_n, 1)), top_n)
 
     def relevance(
         self, queries: torch.Tensor, starts: torch.Tensor, pages: VisualPages, max_drafted: int
