@@ -8,16 +8,17 @@ answer, so that they share the machine's good and bad minutes, and every prompt 
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
+from multiprocessing import get_context
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -35,7 +36,10 @@ from vllm_lvspec.config import MAX_SPECULATIVE_TOKENS, METHOD
 from vllm_lvspec.reference import PAIRS
 from vllm_lvspec.reference.upscale import TEXT_SHAPES, text_shape, upscaled
 
+Result = TypeVar("Result")
+
 MEASURED_STEPS = 4  # that follow each other with drafts of one length, behind one that counts for neither
+STEP_TOKENS = 8192  # that vLLM schedules at least on large GPUs
 CYCLES = 5  # times that all lengths have their turn
 CAPTION_TOKENS = 256  # at most, as `answer` asks for
 _QUESTION_TOKENS = 64  # by which questions may differ in length
@@ -223,9 +227,9 @@ def run_growth(options: GrowthOptions, console: Console, command: Sequence[str] 
                 continue
             if options.alone and number == 0:
                 console.print(f"{target}: vLLM without this package ...")
-                alone = _measure_alone(options, target)
+                alone = _in_own_process(_measure_alone, options, target)
             console.print(f"{target} ← {drafter} ...")
-            measured = _measure(options, target, drafter, alone)
+            measured = _in_own_process(_measure, options, target, drafter, alone)
             report.measured.append(measured)
             options.json_path.write_text(report.model_dump_json(indent=1) + "\n")
             console.print(*tables(measured), sep="\n")
@@ -274,6 +278,8 @@ def _arguments(options: GrowthOptions, target: Model) -> tuple[str, dict[str, An
     }
     longest = max(captions, *lengths.values())
     arguments: dict[str, Any] = {"dtype": options.dtype, "max_model_len": longest}
+    if longest > STEP_TOKENS:  # a video is encoded in one step, for which vLLM has no more room by itself
+        arguments["max_num_batched_tokens"] = longest
     shape = text_shape(AutoConfig.from_pretrained(path))
     if target.shape is not None:
         arguments |= upscaled(path, target.shape)
@@ -290,10 +296,15 @@ def _arguments(options: GrowthOptions, target: Model) -> tuple[str, dict[str, An
 
 def _num_prompt_tokens(options: GrowthOptions, size: Size | None) -> int:
     """Of a question about a video of this size, or of the suite's, by the checkpoint's own processor."""
+    return _count_prompt_tokens(options.family, options.seed, size)
+
+
+@cache
+def _count_prompt_tokens(family: str, seed: int, size: Size | None) -> int:
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(str(PAIRS[options.family].target))
-    (sample,) = videofacts(1, options.seed, ("caption",), PAIRS[options.family].num_frames)
+    processor = AutoProcessor.from_pretrained(str(PAIRS[family].target))
+    (sample,) = videofacts(1, seed, ("caption",), PAIRS[family].num_frames)
     content = [{"type": "video"}, {"type": "text", "text": sample.question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     frames = sample.load_video()[0] if size is None else np.zeros((*size, 3), np.uint8)
@@ -307,7 +318,6 @@ def _steps_of_a_place(options: GrowthOptions) -> int:
 def _measure_alone(options: GrowthOptions, target: Model) -> dict[tuple[Size, int, int], float]:
     """Seconds of a step of vLLM's own engine, with the runner and the scheduler that it has by default."""
     model, arguments, most = _arguments(options, target)
-    _free_memory()
     with running_engine(model, None, most, arguments) as llm:
         return {
             (place.video, place.batch_size, mark): float(np.median(turns[0]))
@@ -329,7 +339,6 @@ def _measure(
         config["draft_hf_overrides"] = upscaled(draft, drafter.shape)["hf_overrides"]
     if drafter.quantization is not None:
         config["draft_quantization"] = drafter.quantization
-    _free_memory()
     with running_engine(model, config, most, arguments) as llm:
         steered = SteeredDrafter(llm)
         accepted = _accepted(llm, steered, options)
@@ -360,13 +369,10 @@ def _measure(
         )
 
 
-def _free_memory() -> None:
-    """Of an engine that is gone: the next one may need most of it."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _in_own_process(measure: Callable[..., Result], *arguments: Any) -> Result:
+    """What vLLM keeps of an engine, on a GPU most of its memory, is gone when the next one starts."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments).result()
 
 
 # What is measured ----------------------------------------------------------------------------------------------------

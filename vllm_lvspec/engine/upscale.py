@@ -10,6 +10,7 @@ from vllm.config.load import LoadConfig
 from vllm.config.utils import replace
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
+from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
 
 from vllm_lvspec.reference.upscale import LOAD_FORMAT, check_served, text_shape, upscale
@@ -36,4 +37,6 @@ class UpscalingModelLoader(DefaultModelLoader):
             model_config.model, model_config.trust_remote_code, model_config.revision, model_config.code_revision
         )
         check_served(saved, model_config.hf_config)
+        # On the device: most of what is loaded are zeros, which need not travel there.
+        weights = ((name, weight.to(current_platform.device_type)) for name, weight in weights)
         yield from upscale(weights, saved, text_shape(model_config.hf_config))
