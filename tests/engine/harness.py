@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from vllm import LLM, RequestOutput, SamplingParams, envs
+from vllm.compilation.monitor import set_cudagraph_capturing_enabled
 from workload import Request
 
 MAX_MODEL_LEN = 512
 # Other drafts than the default ones, for tests of outputs that must not depend on them:
 # LVSPEC_TEST_VIEW='{"pruning": "attention"}' pytest tests/engine/test_lossless.py
 VIEW: dict[str, Any] = json.loads(os.environ.get("LVSPEC_TEST_VIEW", "{}"))
+# By itself vLLM takes nine tenths of a GPU. Several engines share it here, of which none must look at what is free.
+GPU_SHARE: dict[str, Any] = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 2**29}
 
 
 class Engine:
@@ -32,6 +36,8 @@ class Engine:
         self.has_drafter = settings["model"] is not None
         # vLLM reads its environment once an engine runs, but the next engine may be told something else.
         envs.disable_envs_cache()
+        # In its process vLLM's V1 runner forbids graphs once it has recorded its own, and V2 does not allow them again.
+        set_cudagraph_capturing_enabled(True)
         # One process instead of three starts in a third of the time. The tests of the server and of tensor parallelism
         # run all processes.
         with pytest.MonkeyPatch.context() as patch:
@@ -50,6 +56,7 @@ class Engine:
             "disable_log_stats": False,
             "limit_mm_per_prompt": {"video": 2, "image": 2},
             "speculative_config": settings if self.has_drafter else None,
+            **(GPU_SHARE if torch.cuda.is_available() else {}),
             **options,
         }
 

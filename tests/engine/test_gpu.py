@@ -1,0 +1,158 @@
+"""What only a GPU can show: compiled kernels, FlashAttention's cache, CUDA graphs of target and drafter, bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from harness import Engine
+from vllm import RequestOutput, SamplingParams
+
+from vllm_lvspec.bench.run import prompt_writer
+from vllm_lvspec.bench.samples import videofacts
+from vllm_lvspec.reference import PAIRS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA or AMD GPU")
+
+SEED = 90
+LEAST_GAP = 0.25  # between logprobs: bfloat16 rounds logits of 10 to 20 by up to a sixteenth, in two forwards
+AS_SERVED: dict[str, Any] = {"dtype": "bfloat16", "enforce_eager": False, "block_size": 16, "max_model_len": 1024}
+
+
+@contextmanager
+def running(family: str, has_drafter: bool = True, **options: Any) -> Iterator[Engine]:
+    pair = PAIRS[family]
+    engine = Engine(str(pair.target), str(pair.draft) if has_drafter else None, **{**AS_SERVED, **options})
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def ask(engine: Engine, family: str, count: int = 12) -> list[RequestOutput]:
+    """Captions, then questions; one, three, then all at once."""
+    write = prompt_writer(engine.llm)
+    samples = videofacts(count, SEED, ("caption", "question"), PAIRS[family].num_frames)
+    params = SamplingParams(temperature=0, max_tokens=200, logprobs=5)
+    inputs = [write(sample) for sample in samples]
+    return [
+        output
+        for first, end in ((0, 1), (1, 4), (4, len(inputs)))
+        for output in engine.llm.generate(inputs[first:end], params, use_tqdm=False)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Any:
+    """Answers of vLLM without speculation, by family."""
+    answers: dict[str, list[RequestOutput]] = {}
+
+    def of(family: str) -> list[RequestOutput]:
+        if family not in answers:
+            with running(family, has_drafter=False) as engine:
+                answers[family] = ask(engine, family)
+        return answers[family]
+
+    return of
+
+
+def assert_same_but_for_rounding(got: list[RequestOutput], want: list[RequestOutput]) -> None:
+    """Where answers part, the target must have held both tokens for as good as equally likely."""
+    parted = 0
+    for ours, theirs in zip(got, want, strict=True):
+        said, wanted = ours.outputs[0].token_ids, theirs.outputs[0].token_ids
+        place = next((i for i, (a, b) in enumerate(zip(said, wanted, strict=False)) if a != b), None)
+        if place is None:
+            assert len(said) == len(wanted)
+            continue
+        parted += 1
+        likely = theirs.outputs[0].logprobs[place]
+        assert said[place] in likely, f"at {place}: {said[place]} instead of {wanted[place]}"
+        gap = likely[wanted[place]].logprob - likely[said[place]].logprob
+        assert gap < LEAST_GAP, f"at {place}: {said[place]} instead of {wanted[place]}, {gap:.2f} less likely"
+    assert parted <= 2 * len(want) // 3, (
+        "a caption has about 140 tokens, of which now and then two are nearly as likely"
+    )
+
+
+def check_drafts(engine: Engine, least: float) -> dict[str, Any]:
+    """Counts, once it is known that at least this share of the drafted tokens was accepted."""
+    accepted = engine.metric("spec_decode_num_accepted_tokens")
+    stats = engine.stats()
+    assert accepted >= least * stats["drafted_tokens"] > 100 * least, (accepted, stats["drafted_tokens"])
+    assert stats["pages_free"] == stats["pages_total"]
+    return stats
+
+
+def graphs_of(engine: Engine) -> Any:
+    (graphs,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter.model.graphs)
+    return graphs
+
+
+@pytest.mark.parametrize("family", PAIRS)
+def test_as_served_strict_says_what_the_target_says_but_for_rounding(family, alone):
+    with running(family) as engine:
+        assert graphs_of(engine) is not None, "the drafter's steps must be CUDA graphs"
+        got = ask(engine, family)
+        check_drafts(engine, 0.2)
+    assert_same_but_for_rounding(got, alone(family))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param({"pruning": "attention"}, id="attention"),
+        pytest.param({"pruning": "similarity"}, id="similarity"),
+        pytest.param({"pruning": "redundancy"}, id="redundancy"),
+        pytest.param({"draft_quantization": "fp8"}, id="fp8"),
+    ],
+)
+def test_every_view_drafts_under_cuda_graphs(view, alone):
+    with running("qwen2_5_vl", lvspec=view) as engine:
+        assert graphs_of(engine) is not None
+        got = ask(engine, "qwen2_5_vl")
+        check_drafts(engine, 0.2)
+    assert_same_but_for_rounding(got, alone("qwen2_5_vl"))
+
+
+@pytest.mark.parametrize("cache", ["copy", "compute"])
+def test_the_target_drafts_for_itself_under_cuda_graphs(cache, alone):
+    view = {"model": "self", "self_cache": cache, "pruning": "uniform"}
+    with running("qwen2_5_vl", lvspec=view) as engine:
+        got = ask(engine, "qwen2_5_vl")
+        check_drafts(engine, 0.3)
+    assert_same_but_for_rounding(got, alone("qwen2_5_vl"))
+
+
+def test_loose_answers_take_fewer_steps(alone):
+    with running("qwen2_5_vl", lvspec={"policy": "lvspec"}) as engine:
+        got = ask(engine, "qwen2_5_vl")
+        stats = check_drafts(engine, 0.5)
+    assert stats["tokens_loose"] > 0.05 * sum(len(output.outputs[0].token_ids) for output in got)
+
+
+def test_costs_are_measured_and_drafts_go_on_where_they_pay():
+    """The default settings, as a server has them."""
+    with running("qwen2_5_vl", lvspec={"policy": "lvspec", "only_if_faster": True}) as engine:
+        got = ask(engine, "qwen2_5_vl", 6)
+        (costs,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter.costs)
+    assert costs is not None
+    assert all(output.outputs[0].token_ids for output in got)
+
+
+def test_without_compilation_target_and_drafter_have_graphs_of_decodes_alone(alone):
+    modes = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+    with running("qwen2_5_vl", **modes) as engine:
+        assert graphs_of(engine) is not None
+        got = ask(engine, "qwen2_5_vl")
+        check_drafts(engine, 0.2)
+    assert_same_but_for_rounding(got, alone("qwen2_5_vl"))
+
+
+def test_keys_and_values_lie_where_kernels_look_for_them():
+    with running("qwen2_5_vl", lvspec={"model": "self"}) as engine:
+        (layout,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter.model.layout)
+        assert layout.is_strided
