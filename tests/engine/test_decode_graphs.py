@@ -22,7 +22,7 @@ from vllm_lvspec.engine.decode_graphs import SIZES, DecodeGraphs, forget_graphs,
 class Replays(DecodeGraphs):
     """As a graph does, a replay reads what the inputs hold then, and writes where the recording wrote."""
 
-    num_rows: list[int]
+    num_rows: list[tuple[int, int]]  # requests, tokens of each
 
     @contextmanager
     def _recording(self):
@@ -37,7 +37,7 @@ class Replays(DecodeGraphs):
         hidden = self._model.run(batch, metadata)
 
         def replay():
-            self.num_rows.append(len(hidden))
+            self.num_rows.append((len(batch.seq_lens), batch.max_query_len))
             # On CPUs metadata hold plans of their own, which graphs' backends keep in buffers.
             hidden.copy_(self._model.run(batch, self._model.metadata(batch)))
 
@@ -45,10 +45,11 @@ class Replays(DecodeGraphs):
 
 
 @pytest.fixture
-def model(engines):
+def model(engines, monkeypatch):
     """The drafter of an engine of the bundled pair, in this process."""
     engine = engines(QWEN, pair=True, lvspec={"num_speculative_tokens": 6})
     (runner,) = engine.llm.collective_rpc(lambda worker: worker.model_runner)
+    monkeypatch.setattr(decode_graphs, "_takes_several", lambda model: True)  # CPUs' attention knows no graphs
     return runner.drafter.drafter.model
 
 
@@ -75,7 +76,8 @@ def test_padded_replays_draft_what_forwards_draft(model, engines, monkeypatch):
     monkeypatch.setattr(model, "graphs", graphs)
     assert ask() == want
     assert want[1] > 0.3 * want[2] > 50
-    assert set(graphs.num_rows) == {1, 4, 6}  # eight requests at once have none, three and two are padded
+    # Eight requests at once have none, three and two are padded; a draft that was accepted whole leaves two tokens.
+    assert set(graphs.num_rows) == {(1, 1), (4, 1), (6, 1), (1, 2), (4, 2), (6, 2)}
 
 
 def test_batches_that_no_graph_is_for_are_run(model):
@@ -85,8 +87,10 @@ def test_batches_that_no_graph_is_for_are_run(model):
     two = model.decode_batch(2, 5)
     two.visual = [torch.zeros(1, 8)]
     assert graphs.hidden(two) is None
-    two.visual, two.max_query_len = [], 2
+    two.visual, two.max_query_len = [], 2  # one of the two, or as many as there are tokens
     assert graphs.hidden(two) is None
+    assert graphs.hidden(model.decode_batch(2, 5, 3)) is None
+    assert graphs.hidden(model.decode_batch(2, 5, 2)).shape[0] == 4
 
 
 def test_no_more_rows_than_requests_are_recorded(model):
@@ -108,7 +112,9 @@ def test_graphs_that_compute_something_else_are_not_used(model, warnings):
             return (lambda: None), self._model.run(batch, metadata).clone()
 
     assert not Stale(model, sizes=(1, 2)).record()
-    assert warnings == ["lvspec: the drafter's CUDA graphs of [1, 2] rows compute something else."]
+    assert warnings == [
+        "lvspec: the drafter's CUDA graphs of 2 x 2, 1 x 2, 2 x 1, 1 x 1 tokens compute something else."
+    ]
 
 
 def test_where_nothing_can_be_recorded_the_drafter_goes_on_without(model, warnings):

@@ -118,9 +118,11 @@ class DraftModel(Protocol):
     """What the drafter asks of a model and its KV cache.
 
     `copies`: whether it takes keys and values from the target's cache, by `copy`, instead of computing them.
+    `tokens_at_once`: of each request, as many of all, it reads in no more time than one.
     """
 
     copies: bool
+    tokens_at_once: int
     device: torch.device
     pool: PagePool
     max_batch_tokens: int
@@ -608,7 +610,7 @@ class Drafter:
                 if end > begin:
                     parts.append((i, begin, end))
                     budget -= end - begin
-            batch = self._ragged_batch(requests, parts)
+            batch = self._ragged_batch(requests, self._evened(requests, parts))
             found = self.model.forward(batch, batch.query_starts_cpu[1:] - 1, with_probs)
             self.counts["forwards"] += 1
             waiting = [i for i in waiting if i not in {part[0] for part in parts}]
@@ -631,6 +633,16 @@ class Drafter:
         if is_prefill:
             self.prefill_seconds += time.perf_counter() - started
         return Drafted(first, probs)
+
+    def _evened(self, requests: list[DraftRequest], parts: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+        """`parts` with as many tokens each, where these are read at once: cached ones of the answer are read again."""
+        most = max(end - begin for _, begin, end in parts)
+        if not 1 < most <= self.model.tokens_at_once or most * len(parts) > self.model.max_batch_tokens:
+            return parts
+        evened = [(i, end - most, end) for i, _, end in parts]
+        if any(begin < len(self.sequences[requests[i].req_id].kept) for i, begin, _ in evened):
+            return parts  # visual embeddings of a prompt that has been read are gone
+        return evened
 
     def _copy(self, requests: list[DraftRequest], sequences: list[DraftSequence]) -> None:
         """Take keys and values of all tokens but the newest from the target's cache."""

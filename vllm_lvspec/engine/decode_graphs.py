@@ -2,7 +2,8 @@
 
 A drafter of 7B reads its weights in a few milliseconds, in which the host can hardly launch the kernels of a forward
 one by one; smaller ones wait for the host most of the time. vLLM's own graphs are the target's: they belong to its
-configuration and its batches. These are the drafter's, over batches in which every request has one token.
+configuration and its batches. These are the drafter's, over batches in which every request has one token, or two: of
+a draft that was accepted to its end, the last token has not been read when the target's comes behind it.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.lvspec")
 
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # rows; of more requests a forward is long enough to be launched in time
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # requests; of more a forward is long enough to be launched in time
+MOST_TOKENS = 2  # of each request
 PLANS_ON_HOST = ("FLASHINFER",)  # backends whose plan of a step would overwrite that of one still running
 _NUM_WARM_UP = 2
 _PADDING_SLOT = -1  # vLLM writes nothing there
 _TOLERANCE = 0.05  # of the norm: kernels may sum in another order
 
 Replay = tuple[Callable[[], Any], torch.Tensor]
+Shape = tuple[int, int]  # requests, tokens of each
 
 
 def has_graphs(target: VllmConfig, device: torch.device) -> bool:
@@ -57,8 +60,9 @@ def prepare_for_graphs(draft: VllmConfig, backend: type[AttentionBackend], spec:
     if support.value < single.value or backend.get_name() in PLANS_ON_HOST:
         return False
     draft.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
-    draft.compilation_config.cudagraph_capture_sizes = list(SIZES)
-    draft.compilation_config.max_cudagraph_capture_size = SIZES[-1]
+    sizes = sorted({tokens * size for size in SIZES for tokens in range(1, MOST_TOKENS + 1)})
+    draft.compilation_config.cudagraph_capture_sizes = sizes
+    draft.compilation_config.max_cudagraph_capture_size = sizes[-1]
     return True
 
 
@@ -70,26 +74,30 @@ def forget_graphs(draft: VllmConfig) -> None:
 
 
 class DecodeGraphs:
-    """Graphs of a drafter's forward, up to its last hidden states, by number of rows.
+    """Graphs of a drafter's forward, up to its last hidden states, by number of requests and tokens of each.
 
-    All read one set of inputs, into which a batch is copied; rows behind it are padding, which is written nowhere.
+    Those of as many tokens read one set of inputs, into which a batch is copied; requests behind it are padding, which
+    is written nowhere. `most_tokens`: of each request.
     """
 
-    def __init__(self, model: VLLMDraftModel, sizes: Sequence[int] = SIZES):
+    def __init__(self, model: VLLMDraftModel, sizes: Sequence[int] = SIZES, most_tokens: int = MOST_TOKENS):
         most = model.vllm_config.scheduler_config.max_num_seqs
         self.sizes = sorted({min(size, most) for size in sizes})
+        self.most_tokens = most_tokens if _takes_several(model) else 1
         self._model = model
-        self._graphs: dict[int, Replay] = {}
+        self._graphs: dict[Shape, Replay] = {}
         self._pool: Any = None  # of memory, which all share: the largest comes first, and no two run at once
-        inputs = self._padding(self.sizes[-1])
-        self._inputs = {size: _first_rows(inputs, size) for size in self.sizes}
+        self._inputs: dict[Shape, DraftBatch] = {}
+        for tokens in range(self.most_tokens, 0, -1):
+            inputs = self._padding(self.sizes[-1], tokens)
+            self._inputs |= {(size, tokens): _first_requests(inputs, size, tokens) for size in reversed(self.sizes)}
 
-    def _padding(self, num_rows: int) -> DraftBatch:
-        """A batch of one-token requests, with room for the longest."""
+    def _padding(self, num_requests: int, tokens: int) -> DraftBatch:
+        """A batch of requests with so many tokens each, with room for the longest."""
         model = self._model
-        batch = model.decode_batch(num_rows, 0)
+        batch = model.decode_batch(num_requests, 0, tokens)
         pages = -(-model.max_model_len // model.pool.page_size)
-        table = torch.zeros((num_rows, pages), dtype=torch.int32, device=model.device)
+        table = torch.zeros((num_requests, pages), dtype=torch.int32, device=model.device)
         slots = torch.full_like(batch.slots, _PADDING_SLOT)
         return replace(batch, block_table=table, slots=slots, max_seq_len=model.max_model_len)
 
@@ -102,23 +110,27 @@ class DecodeGraphs:
         with self._recording():
             if not agreed(self._succeeds(self._warm_up)) or not agreed(self._succeeds(self._record)):
                 return False
-        differing = [size for size in self.sizes if not self._does_the_same(size)]
+        differing = [shape for shape in self._inputs if not self._does_the_same(*shape)]
         if differing:
-            logger.warning("lvspec: the drafter's CUDA graphs of %s rows compute something else.", differing)
+            logger.warning(
+                "lvspec: the drafter's CUDA graphs of %s tokens compute something else.",
+                ", ".join(f"{size} x {tokens}" for size, tokens in differing),
+            )
         return agreed(not differing)
 
-    def _succeeds(self, step: Callable[[DraftBatch], Any]) -> bool:
-        """With the inputs of every size, the largest first: what it leaves of the pool the others take."""
+    def _succeeds(self, step: Callable[[Shape], Any]) -> bool:
+        """With every shape, the largest first: what it leaves of the pool the others take."""
         try:
-            for size in reversed(self.sizes):
-                step(self._inputs[size])
+            for shape in self._inputs:
+                step(shape)
         except Exception as error:  # whatever a model or a backend can't do in a graph: drafts need none
             logger.warning("lvspec: the drafter's steps can't be recorded as CUDA graphs: %r", error)
             return False
         return True
 
-    def _warm_up(self, inputs: DraftBatch) -> None:
+    def _warm_up(self, shape: Shape) -> None:
         """Compile and choose kernels; then again, where waiting for the device, which no graph can, is an error."""
+        inputs = self._inputs[shape]
         # Made right before they are used: backends keep but one plan in the buffers that graphs read.
         metadata = self._model.metadata(inputs, is_recorded=True)
         for _ in range(_NUM_WARM_UP):
@@ -126,9 +138,9 @@ class DecodeGraphs:
         with self._without_waiting():
             self._model.run(inputs, metadata)
 
-    def _record(self, inputs: DraftBatch) -> None:
-        metadata = self._model.metadata(inputs, is_recorded=True)
-        self._graphs[len(inputs.seq_lens)] = self._replay(inputs, metadata)
+    def _record(self, shape: Shape) -> None:
+        inputs = self._inputs[shape]
+        self._graphs[shape] = self._replay(inputs, self._model.metadata(inputs, is_recorded=True))
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -155,11 +167,11 @@ class DecodeGraphs:
                 get_offloader().join_after_forward()
         return graph.replay, hidden
 
-    def _does_the_same(self, size: int) -> bool:
-        """Over a full batch and, where there can be padding, over one with a row less."""
+    def _does_the_same(self, size: int, tokens: int) -> bool:
+        """Over a full batch and, where there can be padding, over one with a request less."""
         model, same = self._model, True
-        for num_rows in sorted({size, max(1, size - 1)}):
-            batch = self._trial(num_rows)
+        for num_requests in sorted({size, max(1, size - 1)}):
+            batch = self._trial(num_requests, tokens)
             wanted = model.run(batch, model.metadata(batch)).float()
             found = self.hidden(batch)
             assert found is not None
@@ -167,64 +179,74 @@ class DecodeGraphs:
             same &= bool((found.float() - wanted).norm() <= _TOLERANCE * wanted.norm())
         return same
 
-    def _trial(self, num_rows: int) -> DraftBatch:
-        """Of rows that differ in token, length and, while there are some, in pages."""
+    def _trial(self, num_requests: int, tokens: int) -> DraftBatch:
+        """Of requests that differ in tokens, length and, while there are some, in pages."""
         model = self._model
         size, device = model.pool.page_size, model.device
-        longest = min(2 * size + 3, model.max_model_len - 1)
-        context = np.maximum(longest - np.arange(num_rows) % size, 1)
-        pages = longest // size + 1
-        table = torch.arange(num_rows * pages, dtype=torch.int32).view(num_rows, pages) % model.pool.num_pages
-        slots = table.numpy()[np.arange(num_rows), context // size].astype(np.int64) * size + context % size
-        batch = model.decode_batch(num_rows, longest)
-        lens = torch.from_numpy(context + 1).int()
+        longest = min(2 * size + 3, model.max_model_len - tokens)
+        context = np.maximum(longest - np.arange(num_requests) % size, 1)
+        pages = (longest + tokens - 1) // size + 1
+        table = torch.arange(num_requests * pages, dtype=torch.int32).view(num_requests, pages) % model.pool.num_pages
+        places = context[:, None] + np.arange(tokens)
+        slots = table.numpy()[np.arange(num_requests)[:, None], places // size].astype(np.int64) * size + places % size
+        batch = model.decode_batch(num_requests, longest, tokens)
+        lens = torch.from_numpy(context + tokens).int()
         return replace(
             batch,
-            token_ids=torch.arange(num_rows, dtype=torch.int64, device=device) % model.vocab_size,
-            positions=torch.from_numpy(context).repeat(len(batch.positions), 1).to(device),
-            slots=torch.from_numpy(slots).to(device),
+            token_ids=torch.arange(num_requests * tokens, dtype=torch.int64, device=device) % model.vocab_size,
+            positions=torch.from_numpy(places.flatten()).repeat(len(batch.positions), 1).to(device),
+            slots=torch.from_numpy(slots.flatten()).to(device),
             seq_lens=lens.to(device),
             seq_lens_cpu=lens,
             block_table=table.to(device),
         )
 
     def hidden(self, batch: DraftBatch) -> torch.Tensor | None:
-        """The batch's last hidden states `[num_rows, hidden_size]`, to be read before the next ones are asked for.
+        """The batch's last hidden states `[num_tokens, hidden_size]`, to be read before the next ones are asked for.
 
-        None for batches that no graph is for: of too many rows, with longer queries or with visual tokens.
+        None for batches that no graph is for: of too many requests, of different or too many tokens, or visual ones.
         """
-        num_rows = len(batch.seq_lens)
-        if batch.max_query_len > 1 or batch.visual or num_rows > self.sizes[-1]:
+        num_requests, num_tokens, tokens = len(batch.seq_lens), len(batch.token_ids), batch.max_query_len
+        if tokens > self.most_tokens or num_tokens != tokens * num_requests:
             return None
-        size = self.sizes[bisect_left(self.sizes, num_rows)]
-        inputs = self._inputs[size]
-        inputs.token_ids[:num_rows].copy_(batch.token_ids)
-        inputs.positions[:, :num_rows].copy_(batch.positions)
-        inputs.slots[:num_rows].copy_(batch.slots)
-        inputs.seq_lens[:num_rows].copy_(batch.seq_lens)
-        inputs.seq_lens_cpu[:num_rows].copy_(batch.seq_lens_cpu)
-        inputs.block_table[:num_rows, : batch.block_table.shape[1]].copy_(batch.block_table)
-        if size > num_rows:
-            inputs.slots[num_rows:].fill_(_PADDING_SLOT)
-            inputs.seq_lens[num_rows:].fill_(1)
-            inputs.seq_lens_cpu[num_rows:].fill_(1)
+        if batch.visual or num_requests > self.sizes[-1]:
+            return None
+        size = self.sizes[bisect_left(self.sizes, num_requests)]
+        inputs = self._inputs[size, tokens]
+        inputs.token_ids[:num_tokens].copy_(batch.token_ids)
+        inputs.positions[:, :num_tokens].copy_(batch.positions)
+        inputs.slots[:num_tokens].copy_(batch.slots)
+        inputs.seq_lens[:num_requests].copy_(batch.seq_lens)
+        inputs.seq_lens_cpu[:num_requests].copy_(batch.seq_lens_cpu)
+        inputs.block_table[:num_requests, : batch.block_table.shape[1]].copy_(batch.block_table)
+        if size > num_requests:
+            inputs.slots[num_tokens:].fill_(_PADDING_SLOT)
+            inputs.seq_lens[num_requests:].fill_(tokens)
+            inputs.seq_lens_cpu[num_requests:].fill_(tokens)
         # Backends that plan a step do so here, into the buffers that the graph reads.
         self._model.metadata(replace(inputs, max_seq_len=batch.max_seq_len))
         get_offloader().sync_prev_onload()
-        replay, hidden = self._graphs[size]
+        replay, hidden = self._graphs[size, tokens]
         replay()
-        return hidden[:num_rows]
+        return hidden[:num_tokens]
 
 
-def _first_rows(batch: DraftBatch, num_rows: int) -> DraftBatch:
+def _takes_several(model: VLLMDraftModel) -> bool:
+    """Whether graphs of the model's attention may have several tokens of each request."""
+    support = model.group.backend.get_builder_cls().get_cudagraph_support(model.vllm_config, model.group.kv_cache_spec)
+    return support.value >= AttentionCGSupport.UNIFORM_BATCH.value
+
+
+def _first_requests(batch: DraftBatch, num_requests: int, tokens: int) -> DraftBatch:
+    num_tokens = num_requests * tokens
     return replace(
         batch,
-        token_ids=batch.token_ids[:num_rows],
-        positions=batch.positions[:, :num_rows],
-        slots=batch.slots[:num_rows],
-        query_starts=batch.query_starts[: num_rows + 1],
-        query_starts_cpu=batch.query_starts_cpu[: num_rows + 1],
-        seq_lens=batch.seq_lens[:num_rows],
-        seq_lens_cpu=batch.seq_lens_cpu[:num_rows],
-        block_table=batch.block_table[:num_rows],
+        token_ids=batch.token_ids[:num_tokens],
+        positions=batch.positions[:, :num_tokens],
+        slots=batch.slots[:num_tokens],
+        query_starts=batch.query_starts[: num_requests + 1],
+        query_starts_cpu=batch.query_starts_cpu[: num_requests + 1],
+        seq_lens=batch.seq_lens[:num_requests],
+        seq_lens_cpu=batch.seq_lens_cpu[:num_requests],
+        block_table=batch.block_table[:num_requests],
     )

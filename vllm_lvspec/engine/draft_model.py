@@ -203,6 +203,10 @@ class VLLMDraftModel:
             positions = batch.positions if self.uses_mrope else batch.positions[0]
             return self.model(input_ids=None, positions=positions, inputs_embeds=embeds)
 
+    @property
+    def tokens_at_once(self) -> int:
+        return 1 if self.graphs is None else self.graphs.most_tokens
+
     def record_graphs(self) -> None:
         """Have decode steps launched as CUDA graphs from now on, where that can be, on all ranks alike."""
         if not self._wants_graphs:
@@ -227,25 +231,25 @@ class VLLMDraftModel:
         self.forward(batch, batch.query_starts_cpu[1:] - 1, with_probs=True).token_ids.tolist()
         return time.perf_counter() - started
 
-    def decode_batch(self, num_rows: int, context: int) -> DraftBatch:
-        """`num_rows` requests of `context` tokens that decode one more: a batch to measure with, of no meaning."""
-        last = torch.full((num_rows,), context, dtype=torch.int64)
-        pages = -(-(context + 1) // self.pool.page_size)
+    def decode_batch(self, num_rows: int, context: int, tokens: int = 1) -> DraftBatch:
+        """`num_rows` requests of `context` tokens with `tokens` more: a batch to measure with, of no meaning."""
+        places = torch.arange(context, context + tokens)
+        pages = -(-(context + tokens) // self.pool.page_size)
         table = torch.arange(pages, dtype=torch.int32).clamp(max=self.pool.num_pages - 1).repeat(num_rows, 1)
-        slots = table[:, -1].long() * self.pool.page_size + context % self.pool.page_size
-        starts = torch.arange(num_rows + 1, dtype=torch.int32)
-        lens = (last + 1).int()
+        slots = table[:, places // self.pool.page_size].long() * self.pool.page_size + places % self.pool.page_size
+        starts = torch.arange(num_rows + 1, dtype=torch.int32) * tokens
+        lens = torch.full((num_rows,), context + tokens, dtype=torch.int32)
         return DraftBatch(
-            token_ids=torch.zeros(num_rows, dtype=torch.int64, device=self.device),
-            positions=last.repeat(3, 1).to(self.device),
-            slots=slots.to(self.device),
+            token_ids=torch.zeros(num_rows * tokens, dtype=torch.int64, device=self.device),
+            positions=places.repeat(3, num_rows).to(self.device),
+            slots=slots.flatten().to(self.device),
             query_starts=starts.to(self.device),
             query_starts_cpu=starts,
             seq_lens=lens.to(self.device),
             seq_lens_cpu=lens,
             block_table=table.to(self.device),
-            max_query_len=1,
-            max_seq_len=context + 1,
+            max_query_len=tokens,
+            max_seq_len=context + tokens,
         )
 
     def profile(self) -> None:
