@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 OPENMP := $(CURDIR)/$(VENV)/lib/libiomp5.so
 RUN := env HF_HUB_OFFLINE=1 $$(test -e $(OPENMP) && echo LD_PRELOAD=$(OPENMP))
 
-.PHONY: help setup demo test views soak lint format bench bench-gpu benchmarks-page pairs clean
+.PHONY: help setup demo test views soak ray lint format bench bench-gpu benchmarks-page pairs clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -36,6 +36,11 @@ views: setup ## Run the tests of lossless outputs with every view that a drafter
 
 soak: setup ## Load a server for ten minutes with videos, texts, aborts and wrong requests, on one rank and on two
 	for ranks in 1 2; do $(RUN) $(BIN)/python tests/serve/soak.py --seconds 600 --tensor-parallel-size $$ranks || exit; done
+
+ray: setup ## Serve two replicas with Ray and kill one under load, then describe a folder of videos with Ray Data
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[ray]'
+	$(RUN) $(BIN)/python tests/serve/ray_failover.py
+	$(RUN) $(BIN)/python tests/serve/ray_batch.py
 
 lint: setup ## Check style and types
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """What is deployed beside the plugin speaks of metrics that it has."""
 
+import importlib
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import prometheus_client
 import pytest
+import yaml
 
 from vllm_lvspec.observe.metrics import METRICS
 
@@ -82,3 +84,19 @@ def test_panels_ask_in_the_language_of_prometheus(tmp_path):
     )
     with pytest.raises(AssertionError, match="could not parse"):
         promtool("check", "rules", "rules.yml", cwd=tmp_path)
+
+
+def test_kuberay_asks_ray_serve_for_what_it_takes(monkeypatch):
+    schema = pytest.importorskip("ray.serve.schema", reason="ray is not installed (pip install .[ray])")
+    service = yaml.safe_load((DEPLOY / "kubernetes" / "rayservice.yaml").read_text())
+    config = schema.ServeDeploySchema(**yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    monkeypatch.syspath_prepend(str(DEPLOY / "ray"))
+    module, name = application.import_path.split(":")
+    app = importlib.import_module(module)
+    assert callable(getattr(app, name))
+    llm = app.llm_config(app.Settings(**application.args))
+    assert llm.engine_kwargs["speculative_config"] == "lvspec"
+    group = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+    (container,) = group["template"]["spec"]["containers"]
+    assert int(container["resources"]["limits"]["nvidia.com/gpu"]) == application.args["tensor_parallel_size"]
