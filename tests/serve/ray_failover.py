@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import logging
 import os
 import signal
 import sys
@@ -60,6 +61,7 @@ def start() -> None:
         },
     )  # fmt: skip
     serve.run(app(settings), blocking=False)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Ray logs all that it logs
 
 
 def replicas() -> list[psutil.Process]:
