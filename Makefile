@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 OPENMP := $(CURDIR)/$(VENV)/lib/libiomp5.so
 RUN := env HF_HUB_OFFLINE=1 $$(test -e $(OPENMP) && echo LD_PRELOAD=$(OPENMP))
 
-.PHONY: help setup demo test views soak ray lint format bench bench-gpu benchmarks-page pairs clean
+.PHONY: help setup demo test test-gpu views soak ray lint format bench bench-gpu benchmarks-page pairs clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -24,6 +24,9 @@ PYTEST = $(RUN) $(BIN)/python -m pytest -m 'not two_ranks' --numprocesses 2 --di
 
 test: setup ## Run the tests
 	$(call PYTEST)
+
+test-gpu: setup ## Run the tests of what only a GPU can show (ten minutes on one)
+	$(RUN) $(BIN)/python -m pytest tests/kernels tests/engine/test_gpu.py
 
 # Each strategy, and the target as its own drafter in both ways; the default view's turn comes with `make test`.
 VIEWS := '{"pruning": "none"}' '{"pruning": "random"}' '{"pruning": "redundancy"}' '{"pruning": "attention"}' \

@@ -5,11 +5,13 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import re
+import shutil
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 
+import dashboard
 import httpx
 import hypothesis.strategies as st
 import openai
@@ -105,6 +107,25 @@ def test_metrics_say_what_the_ranks_have_counted_whoever_was_asked(client, serve
     assert total(server, "relaxation") == pytest.approx(0.9)
     assert {dict(labels)["model_name"] for labels in series(server, "tokens_total")} == {"reference"}
     assert first["tokens_loose"] == second["tokens_loose"] > 0
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed")
+def test_prometheus_has_numbers_for_every_panel_and_rules_for_every_alert(client, server, tmp_path):
+    with dashboard.prometheus(server.url) as running:
+        start = time.time()
+        while time.time() < start + 20:
+            ask(client)
+        end = time.time()
+        (target,) = running.get("/api/v1/targets")["activeTargets"]
+        assert target["health"] == "up", target["lastError"]
+        for panel in dashboard.PANELS:
+            for asked in panel["targets"]:
+                found = running.series(asked["expr"], start, end)
+                assert any(values for _, values in found), f"{panel['title']}: {asked['expr']}"
+        (group,) = running.get("/api/v1/rules")["groups"]
+        assert len(group["rules"]) == 5 and {rule["health"] for rule in group["rules"]} == {"ok"}
+        dashboard.draw(running, start, end, tmp_path / "dashboard.png")
+    assert (tmp_path / "dashboard.png").stat().st_size > 50_000
 
 
 def test_routes_ask_for_the_key(server):

@@ -91,6 +91,7 @@ METRICS: dict[str, Metric] = {
 SEPARATOR = "/"
 
 
+@functools.cache  # asked for about thirty names after every step
 def key(name: str, value: str | int | None = None) -> str:
     """How a series of `METRICS[name]` is called on its way."""
     return name if value is None else f"{name}{SEPARATOR}{value}"
