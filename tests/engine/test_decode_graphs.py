@@ -154,6 +154,21 @@ def test_a_model_whose_graphs_are_of_no_use_goes_back_to_forwards(model, monkeyp
     assert model.group.get_metadata_builder() is not builder
 
 
+def test_where_two_tokens_of_a_request_fail_one_of_each_is_recorded_all_the_same(model, monkeypatch):
+    tried = []
+    monkeypatch.setattr(model, "_wants_graphs", True)
+    monkeypatch.setattr(model, "graphs", None)
+
+    def record(graphs, agreed) -> bool:
+        tried.append(graphs.most_tokens)
+        return graphs.most_tokens == 1
+
+    monkeypatch.setattr(DecodeGraphs, "record", record)
+    model.record_graphs()
+    assert tried == [2, 1]
+    assert model.graphs.most_tokens == model.tokens_at_once == 1
+
+
 class Backend:
     support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     name = "FLASH_ATTN"

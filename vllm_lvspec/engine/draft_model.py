@@ -33,7 +33,13 @@ from vllm_lvspec.config import LVSpecConfig, LVSpecConfigError
 from vllm_lvspec.draft.drafter import DraftBatch, Drafted
 from vllm_lvspec.draft.pages import PagePool
 from vllm_lvspec.engine.compatibility import draft_model_config, draft_vllm_config, unfit_quantization
-from vllm_lvspec.engine.decode_graphs import DecodeGraphs, forget_graphs, has_graphs, prepare_for_graphs
+from vllm_lvspec.engine.decode_graphs import (
+    MOST_TOKENS,
+    DecodeGraphs,
+    forget_graphs,
+    has_graphs,
+    prepare_for_graphs,
+)
 from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
 from vllm_lvspec.kernels.advance_decode import advance_decode
 
@@ -211,13 +217,14 @@ class VLLMDraftModel:
         """Have decode steps launched as CUDA graphs from now on, where that can be, on all ranks alike."""
         if not self._wants_graphs:
             return
-        graphs = DecodeGraphs(self)
-        if graphs.record(lambda fine: bool(_least_of_ranks(int(fine)))):
-            self.graphs = graphs
-            logger.info_once("lvspec: the drafter's steps of up to %d requests are CUDA graphs.", graphs.sizes[-1])
-        else:
-            forget_graphs(self.vllm_config)
-            self.group.create_metadata_builders(self.vllm_config, self.device, kernel_block_size=self.pool.page_size)
+        for most_tokens in (MOST_TOKENS, 1):  # not all that can record one token of each request can record two
+            graphs = DecodeGraphs(self, most_tokens=most_tokens)
+            if graphs.record(lambda fine: bool(_least_of_ranks(int(fine)))):
+                self.graphs = graphs
+                logger.info_once("lvspec: the drafter's steps of up to %d requests are CUDA graphs.", graphs.sizes[-1])
+                return
+        forget_graphs(self.vllm_config)
+        self.group.create_metadata_builders(self.vllm_config, self.device, kernel_block_size=self.pool.page_size)
 
     def copy(self, target_slots: torch.Tensor, slots: torch.Tensor) -> None:
         raise NotImplementedError("another model's keys and values mean nothing to this one")
