@@ -120,7 +120,7 @@ def draw(running: Prometheus, start: float, end: float, path: Path) -> None:
         if panel["type"] == "stat":
             axes.axis("off")
             continue
-        axes.yaxis.set_major_formatter(lambda value, _, scale=scale, unit=unit: f"{scale * value:g}{unit}")
+        axes.yaxis.set_major_formatter(lambda value, _, scale=scale, unit=unit: f"{scale * value:.3g}{unit}")
         axes.tick_params(labelsize=7)
         axes.set_ylim(bottom=0)
         if any(line.get_label() and not line.get_label().startswith("_") for line in axes.get_lines()):
