@@ -118,15 +118,18 @@ class DraftModel(Protocol):
     """What the drafter asks of a model and its KV cache.
 
     `copies`: whether it takes keys and values from the target's cache, by `copy`, instead of computing them.
-    `tokens_at_once`: of each request, as many of all, it reads in no more time than one.
     """
 
     copies: bool
-    tokens_at_once: int
     device: torch.device
     pool: PagePool
     max_batch_tokens: int
     max_model_len: int
+
+    @property
+    def tokens_at_once(self) -> int:
+        """How many tokens of each request, as many of all, it reads in no more time than one."""
+        ...
 
     def prompt_positions(self, prompt: Any, num_prompt_tokens: int) -> tuple[torch.Tensor, int]:
         """Positions of the whole prompt `[dims, num_prompt_tokens]`, and what is added to the index of later ones."""
