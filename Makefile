@@ -25,7 +25,7 @@ PYTEST = $(RUN) $(BIN)/python -m pytest -m 'not two_ranks' --numprocesses 2 --di
 test: setup ## Run the tests
 	$(call PYTEST)
 
-test-gpu: setup ## Run the tests of what only a GPU can show (ten minutes on one)
+test-gpu: setup ## Run the tests of what only a GPU can show
 	$(RUN) $(BIN)/python -m pytest tests/kernels tests/engine/test_gpu.py
 
 # Each strategy, and the target as its own drafter in both ways; the default view's turn comes with `make test`.

@@ -26,7 +26,7 @@ import openai
 import yaml
 from matplotlib.figure import Figure
 
-from vllm_lvspec.demo import bundled_clips
+from vllm_lvspec.demo import QUESTION, bundled_clips
 from vllm_lvspec.reference import CLIPS, PAIRS, TARGET
 from vllm_lvspec.serving import _free_port, serve
 
@@ -139,7 +139,7 @@ def load(server_url: str, until: float, seed: int) -> None:
     clips = bundled_clips()
     while time.time() < until:
         url = dice.choice(clips).path.as_uri()
-        text = dice.choice(["Describe the video in full detail.", "What happens first?", "How many objects are there?"])
+        text = dice.choice([QUESTION, "What happens first?", "How many objects are there?"])
         content: list[Any] = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": text}]
         strict = {"vllm_xargs": {"lvspec_policy": "strict"}} if dice.random() < 1 / 3 else None
         client.chat.completions.create(

@@ -27,10 +27,9 @@ def main() -> None:
         for clip in clips.values():
             shutil.copy(clip.path, videos)
         (videos / "none.mp4").write_bytes(b"not a video")
-        _, sampling = PAIRS["qwen2_5_vl"].server_arguments
         engine = {
             "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 4, "enforce_eager": True,
-            "kv_cache_memory_bytes": 2**28, "media_io_kwargs": json.loads(sampling),
+            "kv_cache_memory_bytes": 2**28, "media_io_kwargs": {"video": PAIRS["qwen2_5_vl"].sampling},
         }  # fmt: skip
         subprocess.run(
             [

@@ -24,6 +24,8 @@ from typing import Any
 import openai
 import psutil
 
+from vllm_lvspec.demo import QUESTION, bundled_clips
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "deploy" / "ray"))
 
 URL = "http://127.0.0.1:8000/v1"
@@ -42,7 +44,6 @@ def start() -> None:
 
     # Replicas are told how many CPUs they have, and these may be more than there are.
     ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    _, sampling = PAIRS["qwen2_5_vl"].server_arguments
     settings = Settings(
         model=str(TARGET),
         name="reference",
@@ -52,7 +53,7 @@ def start() -> None:
         engine={
             "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 4, "enforce_eager": True,
             "kv_cache_memory_bytes": 2**28, "allowed_local_media_path": str(CLIPS),
-            "media_io_kwargs": json.loads(sampling),
+            "media_io_kwargs": {"video": PAIRS["qwen2_5_vl"].sampling},
         },
         # Both have all cores, so none may spin while it waits.
         environment={
@@ -89,8 +90,6 @@ class Asker:
     """Asks until there is an answer, as clients of a service with replicas do."""
 
     def __init__(self) -> None:
-        from vllm_lvspec.demo import bundled_clips
-
         self.client = openai.OpenAI(base_url=URL, api_key="none", max_retries=0, timeout=120)
         self.urls = [clip.path.as_uri() for clip in bundled_clips()]
         self.counts: Counter[str] = Counter()
@@ -99,7 +98,7 @@ class Asker:
         """A strict caption; None where nobody ever answered."""
         content: list[Any] = [
             {"type": "video_url", "video_url": {"url": self.urls[number % len(self.urls)]}},
-            {"type": "text", "text": "Describe the video in full detail."},
+            {"type": "text", "text": QUESTION},
         ]
         for _ in range(MOST_TRIES):
             try:

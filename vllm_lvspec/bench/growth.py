@@ -272,9 +272,10 @@ def _arguments(options: GrowthOptions, target: Model) -> tuple[str, dict[str, An
     """Model, arguments of its engine, and requests at once."""
     path = str(PAIRS[options.family].target)
     budget = max(options.output_tokens) + _steps_of_a_place(options) * (1 + max(options.spec_tokens))
-    captions = _num_prompt_tokens(options, None) + _QUESTION_TOKENS + CAPTION_TOKENS
+    captions = _num_prompt_tokens(options.family, options.seed, None) + _QUESTION_TOKENS + CAPTION_TOKENS
     lengths = {
-        place: _num_prompt_tokens(options, place.video) + _QUESTION_TOKENS + budget for place in _places(options)
+        place: _num_prompt_tokens(options.family, options.seed, place.video) + _QUESTION_TOKENS + budget
+        for place in _places(options)
     }
     longest = max(captions, *lengths.values())
     arguments: dict[str, Any] = {"dtype": options.dtype, "max_model_len": longest}
@@ -294,13 +295,9 @@ def _arguments(options: GrowthOptions, target: Model) -> tuple[str, dict[str, An
     return path, {**arguments, **options.engine_arguments}, most
 
 
-def _num_prompt_tokens(options: GrowthOptions, size: Size | None) -> int:
-    """Of a question about a video of this size, or of the suite's, by the checkpoint's own processor."""
-    return _count_prompt_tokens(options.family, options.seed, size)
-
-
 @cache
-def _count_prompt_tokens(family: str, seed: int, size: Size | None) -> int:
+def _num_prompt_tokens(family: str, seed: int, size: Size | None) -> int:
+    """Of a question about a video of this size, or of the suite's, by the checkpoint's own processor."""
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(str(PAIRS[family].target))

@@ -223,6 +223,8 @@ class VLLMDraftModel:
                 self.graphs = graphs
                 logger.info_once("lvspec: the drafter's steps of up to %d requests are CUDA graphs.", graphs.sizes[-1])
                 return
+            if graphs.most_tokens == 1:
+                break
         forget_graphs(self.vllm_config)
         self.group.create_metadata_builders(self.vllm_config, self.device, kernel_block_size=self.pool.page_size)
 
