@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import vllm.engine.arg_utils
 from checkpoints import save_in_int8
+from vllm.config import CompilationMode, VllmConfig
+from vllm.config.kernel import IrOpPriorityConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_lvspec.config import LVSpecConfigError
@@ -315,6 +318,31 @@ def test_target_and_drafter_are_quantised_each_in_its_own_way(pair, int8_drafter
         ours = draft_vllm_config(theirs, draft_model_config(theirs.model_config, lvspec_config(theirs)))
         methods = [c.quant_config and c.quant_config.get_name() for c in (theirs, ours)]
         assert methods == [of_target, of_drafter]
+
+
+def test_the_drafter_has_kernels_of_its_own_and_those_that_the_user_asks_for(pair, monkeypatch):
+    def default(vllm_config: VllmConfig) -> IrOpPriorityConfig:  # as on CUDA
+        is_compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
+        return IrOpPriorityConfig.with_default(["native"] if is_compiled else ["vllm_c", "native"])
+
+    monkeypatch.setattr(current_platform, "get_default_ir_op_priority", default)
+    for mode, asked, of_target, of_drafter in (
+        (CompilationMode.VLLM_COMPILE, {}, ["native"], ["vllm_c", "native"]),
+        (CompilationMode.NONE, {}, ["vllm_c", "native"], ["vllm_c", "native"]),
+        (CompilationMode.VLLM_COMPILE, {"rms_norm": ["oink"]}, ["oink", "native"], ["oink", "vllm_c", "native"]),
+    ):
+        theirs = config_of(
+            EngineArgs(
+                model=pair[0],
+                dtype="bfloat16",
+                compilation_config={"mode": mode},
+                ir_op_priority=IrOpPriorityConfig(**asked),
+                speculative_config=f"lvspec:{pair[1]}",
+            )
+        )
+        ours = draft_vllm_config(theirs, draft_model_config(theirs.model_config, lvspec_config(theirs)))
+        found = [config.kernel_config.ir_op_priority.rms_norm for config in (theirs, ours)]
+        assert found == [of_target, of_drafter]
 
 
 def test_a_drafter_whose_heads_do_not_divide_is_refused(checkpoint, pair):

@@ -14,7 +14,9 @@ import pytest
 import torch
 from harness import Engine
 from transformers import AutoModelForImageTextToText
-from vllm import SamplingParams
+from vllm import SamplingParams, ir
+from vllm.config import VllmConfig
+from vllm.config.kernel import IrOpPriorityConfig
 from vllm.model_executor.layers.attention import attention as vllm_attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl
@@ -742,6 +744,48 @@ def test_where_a_cache_cannot_be_copied_the_target_computes_what_it_sees(fresh, 
     got = engine.run(generate_requests(QWEN, COUNT, seed=2)[:18])
     assert token_ids(got) == token_ids(want)
     assert engine.stats()["drafted_tokens"] > 100
+
+
+# Kernels of a drafter that is not compiled ----------------------------------------------------------------------------
+
+
+def test_a_drafter_runs_the_kernels_that_vllm_has_for_models_that_are_not_compiled(fresh, oracle, monkeypatch):
+    """Behind a compiled target, for which vLLM chooses PyTorch's own operations in the whole worker."""
+    norm = ir.ops.fused_add_rms_norm
+    calls = []
+
+    def spied(
+        x: torch.Tensor,
+        x_residual: torch.Tensor,
+        weight: torch.Tensor | None,
+        epsilon: float,
+        variance_size: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(weight)
+        return norm.impls["native"].impl_fn(x, x_residual, weight, epsilon, variance_size)
+
+    def default(vllm_config: VllmConfig) -> IrOpPriorityConfig:
+        is_target = vllm_config.additional_config
+        return IrOpPriorityConfig.with_default(
+            ["native"], fused_add_rms_norm=["native"] if is_target else ["spied", "native"]
+        )
+
+    monkeypatch.setattr(norm, "impls", dict(norm.impls))
+    monkeypatch.setattr(current_platform, "get_default_ir_op_priority", default)
+    norm.register_impl("spied")(spied)
+    want = oracle(QWEN, COUNT, 2)[:6]
+    engine = fresh(1)
+    assert norm.get_priority() == ["native"]
+    weights = {p.data_ptr() for p in runner_of(engine).drafter.drafter.model.model.parameters()}
+    calls.clear()
+    got = engine.run(generate_requests(QWEN, COUNT, seed=2)[:6])
+    assert token_ids(got) == token_ids(want)
+    stats = engine.stats()
+    assert stats["drafted_tokens"] > 30
+    # Of the drafter's two layers each has two, and the first of the first layer adds nothing; the last norm follows.
+    assert len(calls) >= 4 * stats["forwards"]
+    assert all(weight.data_ptr() in weights for weight in calls)
+    assert norm.get_priority() == ["native"]
 
 
 # Where keys and values lie --------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ import pytest
 import torch
 from harness import Engine
 from vllm import RequestOutput, SamplingParams
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor
 
 from vllm_lvspec.bench.run import prompt_writer
 from vllm_lvspec.bench.samples import videofacts
@@ -95,7 +97,10 @@ def graphs_of(engine: Engine) -> Any:
 @pytest.mark.parametrize("family", PAIRS)
 def test_as_served_strict_says_what_the_target_says_but_for_rounding(family, alone):
     with running(family) as engine:
-        assert graphs_of(engine) is not None, "the drafter's steps must be CUDA graphs"
+        graphs = graphs_of(engine)
+        assert graphs is not None, "the drafter's steps must be CUDA graphs"
+        # The target is compiled and has PyTorch's operations, of which the drafter would run a dozen a normalisation.
+        assert graphs._model.vllm_config.kernel_config.ir_op_priority.rms_norm[0] == "vllm_c"
         got = ask(engine, family)
         check_drafts(engine, 0.2)
     assert_same_but_for_rounding(got, alone(family))
@@ -141,6 +146,26 @@ def test_costs_are_measured_and_drafts_go_on_where_they_pay():
         (costs,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter.costs)
     assert costs is not None
     assert all(output.outputs[0].token_ids for output in got)
+
+
+def test_steps_without_drafts_have_full_graphs_of_one_token_a_request():
+    """Two tokens leave no room for a draft: a prompt's step, then one of one token of each."""
+    graphs: list[tuple[CUDAGraphMode, BatchDescriptor]] = []
+
+    def spy(worker: Any) -> None:
+        dispatcher = worker.model_runner.cudagraph_dispatcher
+        dispatch = dispatcher.dispatch
+        dispatcher.dispatch = lambda *args, **kwargs: graphs.append(dispatch(*args, **kwargs)) or graphs[-1]
+
+    with running("qwen2_5_vl") as engine:
+        engine.llm.collective_rpc(spy)
+        write = prompt_writer(engine.llm)
+        inputs = [write(sample) for sample in videofacts(3, SEED, ("caption",), PAIRS["qwen2_5_vl"].num_frames)]
+        outputs = engine.llm.generate(inputs, SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
+    assert graphs[-1] == (CUDAGraphMode.FULL, BatchDescriptor(4, 4, uniform=True))
+    with running("qwen2_5_vl", has_drafter=False) as engine:
+        wanted = engine.llm.generate(inputs, SamplingParams(temperature=0, max_tokens=2, logprobs=5), use_tqdm=False)
+    assert_same_but_for_rounding(outputs, wanted)
 
 
 def test_without_compilation_target_and_drafter_have_graphs_of_decodes_alone(alone):

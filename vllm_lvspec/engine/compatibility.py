@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from vllm import envs
 from vllm.config import CompilationConfig, CompilationMode, ModelConfig, VllmConfig
+from vllm.config.kernel import IrOpPriorityConfig
 from vllm.config.utils import replace as replace_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -74,6 +75,8 @@ def draft_vllm_config(vllm_config: VllmConfig, draft: ModelConfig) -> VllmConfig
     parallel.enable_expert_parallel = parallel.enable_eplb = False
     observability = copy.deepcopy(vllm_config.observability_config)
     observability.per_request_spec_decode_metrics = "none"
+    kernel = copy.deepcopy(vllm_config.kernel_config)
+    kernel.ir_op_priority = _asked_ir_op_priority(vllm_config)
     try:
         return replace_config(
             vllm_config,
@@ -82,7 +85,7 @@ def draft_vllm_config(vllm_config: VllmConfig, draft: ModelConfig) -> VllmConfig
             parallel_config=parallel,
             scheduler_config=copy.deepcopy(vllm_config.scheduler_config),
             observability_config=observability,
-            kernel_config=copy.deepcopy(vllm_config.kernel_config),
+            kernel_config=kernel,
             compilation_config=CompilationConfig(mode=CompilationMode.NONE),
             attention_config=replace(vllm_config.attention_config, backend=None),
             additional_config={},
@@ -92,6 +95,19 @@ def draft_vllm_config(vllm_config: VllmConfig, draft: ModelConfig) -> VllmConfig
     except ValueError as error:
         reason = " ".join(_reason(error).split())
         raise LVSpecConfigError(f"model={draft.model!r}: vLLM can't configure the drafter ({reason})") from error
+
+
+def _asked_ir_op_priority(target: VllmConfig) -> IrOpPriorityConfig:
+    """Which kernels `target`'s user prefers, without those that vLLM has added for the target.
+
+    For a compiled target these are PyTorch's own operations, which its compiler fuses. In the drafter, which is not
+    compiled, a normalisation would then be a dozen kernels instead of one.
+    """
+    added = asdict(current_platform.get_default_ir_op_priority(target))
+    priority = asdict(target.kernel_config.ir_op_priority)
+    return IrOpPriorityConfig(
+        **{op: [name for name in names if name not in added[op]] for op, names in priority.items()}
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,11 +65,16 @@ class VLLMDraftModel:
     model: Any
     graphs: DecodeGraphs | None = None  # of its decode steps
     _wants_graphs = False
+    # What its forwards run in: kernels of its own, where those that the worker has chosen are for a compiled target.
+    _kernels: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __init__(self, vllm_config: VllmConfig, config: LVSpecConfig, device: torch.device):
         model_config = draft_model_config(vllm_config.model_config, config)
         self._prepare(draft_vllm_config(vllm_config, model_config), vllm_config.model_config, device)
         self._wants_graphs = has_graphs(vllm_config, device)
+        own = self.vllm_config.kernel_config.ir_op_priority
+        if own != vllm_config.kernel_config.ir_op_priority:
+            self._kernels = own.set_priority
         try:
             self.model = get_model(vllm_config=self.vllm_config)
         except (NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
@@ -156,7 +162,8 @@ class VLLMDraftModel:
     def encode(self, payload: MultiModalFeatureSpec) -> torch.Tensor:
         item = (payload.modality, payload.data)
         ((_, _, kwargs),) = group_and_batch_mm_kwargs([item], device=self.device, pin_memory=self._pin_memory)
-        (embeddings,) = self.model.embed_multimodal(**kwargs)
+        with self._kernels():
+            (embeddings,) = self.model.embed_multimodal(**kwargs)
         # vLLM's LLaVA-OneVision may give a video a leading dimension of one.
         return embeddings.flatten(0, -2)
 
@@ -194,12 +201,13 @@ class VLLMDraftModel:
     def run(self, batch: DraftBatch, metadata: Any) -> torch.Tensor:
         """Hidden states `[num_tokens, hidden_size]` of the last layer; keys and values go into the cache."""
         names = self.group.layer_names
-        with set_forward_context(
+        context = set_forward_context(
             dict.fromkeys(names, metadata),
             self.vllm_config,
             num_tokens=len(batch.token_ids),
             slot_mapping=dict.fromkeys(names, batch.slots),
-        ):
+        )
+        with context, self._kernels():
             embeds = self.model.embed_input_ids(
                 # A prompt may hold ids that only the target's padded vocabulary has.
                 batch.token_ids.clamp(max=self.vocab_size - 1),

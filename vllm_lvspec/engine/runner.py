@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.distributed import get_tp_group
+from vllm.forward_context import BatchDescriptor
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput, SamplerOutput
@@ -17,6 +20,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_lvspec.engine.counts import counts_of
+from vllm_lvspec.engine.dispatcher import DecodeDispatcher, is_single
 from vllm_lvspec.engine.proposer import LVSpecProposer
 from vllm_lvspec.engine.sampler import LVSpecRejectionSampler
 from vllm_lvspec.engine.scheduler import with_changes
@@ -57,6 +61,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.cudagraph_dispatcher = DecodeDispatcher(self.vllm_config)
         self.step_times = StepTimes()
         self._changes = Changes()
         self._step_started: float | None = None
@@ -209,6 +214,27 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             super().profile_run(*args, **kwargs)
             self.drafter.profile()
 
+    @contextmanager
+    def _decodes_of(self, tokens: int) -> Iterator[None]:
+        """Take batches of so many tokens of each request for decodes; vLLM knows one such number, `1 + K`."""
+        before = self.uniform_decode_query_len
+        self.uniform_decode_query_len = self.cudagraph_dispatcher.uniform_decode_query_len = tokens
+        try:
+            yield
+        finally:
+            self.uniform_decode_query_len = self.cudagraph_dispatcher.uniform_decode_query_len = before
+
+    def _determine_batch_execution_and_padding(self, *args: Any, max_num_scheduled_tokens: int, **kwargs: Any) -> Any:
+        tokens = 1 if max_num_scheduled_tokens == 1 else self.uniform_decode_query_len
+        with self._decodes_of(tokens):
+            return super()._determine_batch_execution_and_padding(
+                *args, max_num_scheduled_tokens=max_num_scheduled_tokens, **kwargs
+            )
+
+    def _warmup_and_capture(self, desc: BatchDescriptor, *args: Any, **kwargs: Any) -> None:
+        with self._decodes_of(1 if is_single(desc) else self.uniform_decode_query_len):
+            super()._warmup_and_capture(desc, *args, **kwargs)
+
     def capture_model(self) -> int:
         """The target's CUDA graphs, then the drafter's; bytes that both take."""
         used = super().capture_model()
@@ -228,13 +254,14 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         self._sync_device()
         num_rows = num_requests * rows_each
         started = time.perf_counter()
-        hidden, _ = self._dummy_run(
-            num_rows,
-            force_attention=True,
-            uniform_decode=rows_each > 1,
-            profile_seq_lens=max(context, rows_each),
-            skip_eplb=True,
-        )
+        with self._decodes_of(rows_each):
+            hidden, _ = self._dummy_run(
+                num_rows,
+                force_attention=True,
+                uniform_decode=num_requests <= self.scheduler_config.max_num_seqs,
+                profile_seq_lens=max(context, rows_each),
+                skip_eplb=True,
+            )
         self.model.compute_logits(hidden[:num_rows])
         self._sync_device()
         return time.perf_counter() - started

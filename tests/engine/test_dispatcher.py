@@ -1,0 +1,157 @@
+"""Which of the target's CUDA graphs a batch gets, and that each is recorded as what it is asked for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+from vllm.forward_context import BatchDescriptor
+from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from vllm_lvspec.engine.dispatcher import SIZES, DecodeDispatcher, is_single
+from vllm_lvspec.engine.runner import LVSpecGPUModelRunner
+
+CHAIN = 11  # a token and ten drafted ones
+NO_METRICS = SimpleNamespace(cudagraph_metrics=False)
+
+
+def runner_of(
+    cls: type[GPUModelRunner], dispatcher: type[CudagraphDispatcher], mode: str, most: int = 88, max_num_seqs: int = 8
+) -> Any:
+    """What a runner has of all that these methods ask for, with graphs of up to `most` tokens."""
+    compilation = CompilationConfig(
+        mode=CompilationMode.VLLM_COMPILE,
+        cudagraph_mode=mode,
+        cudagraph_capture_sizes=list(range(CHAIN, most + 1, CHAIN)),
+        max_cudagraph_capture_size=most,
+    )
+    compilation.set_splitting_ops_for_v1(all2all_backend="allgather_reducescatter", data_parallel_size=1)
+    compilation.post_init_cudagraph_sizes()
+    parallel = SimpleNamespace(data_parallel_size=1, use_ubatching=False)
+    config = SimpleNamespace(
+        compilation_config=compilation,
+        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
+        lora_config=None,
+        num_speculative_tokens=CHAIN - 1,
+        parallel_config=parallel,
+        observability_config=NO_METRICS,
+    )
+    runner = object.__new__(cls)
+    runner.vllm_config, runner.compilation_config, runner.parallel_config = config, compilation, parallel
+    runner.model_config = SimpleNamespace(is_encoder_decoder=False)
+    runner.input_batch = SimpleNamespace(lora_id_to_lora_request={})
+    runner.lora_config, runner.load_config = None, SimpleNamespace(use_tqdm_on_load=False)
+    runner.uniform_decode_query_len = CHAIN
+    runner.cudagraph_dispatcher = dispatcher(config)
+    runner.cudagraph_dispatcher.initialize_cudagraph_keys(CUDAGraphMode[mode], CHAIN)
+    return runner
+
+
+def ours(mode: str = "FULL_AND_PIECEWISE", **options: Any) -> Any:
+    return runner_of(LVSpecGPUModelRunner, DecodeDispatcher, mode, **options)
+
+
+def graph_of(runner: Any, lens: list[int], **forced: Any) -> tuple[CUDAGraphMode, BatchDescriptor]:
+    found = runner._determine_batch_execution_and_padding(
+        num_tokens=sum(lens),
+        num_reqs=len(lens),
+        num_scheduled_tokens_np=np.array(lens, dtype=np.int32),
+        max_num_scheduled_tokens=max(lens),
+        **forced,
+    )
+    assert runner.uniform_decode_query_len == runner.cudagraph_dispatcher.uniform_decode_query_len == CHAIN
+    return found[:2]
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
+def test_a_step_without_drafts_has_a_full_graph_of_its_own_size(mode):
+    runner = ours(mode)
+    for count, size in ((1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8)):
+        assert graph_of(runner, [1] * count) == (CUDAGraphMode.FULL, BatchDescriptor(size, size, uniform=True))
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "FULL_DECODE_ONLY", "PIECEWISE", "FULL", "NONE"])
+@pytest.mark.parametrize("lens", [[CHAIN], [CHAIN] * 3, [CHAIN, 1, 1], [5, 5], [40], [1, 300], [90], [1] * 8])
+def test_any_other_batch_has_the_graph_that_vllm_gives_it(mode, lens):
+    if lens == [1] * 8 and mode in ("FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"):
+        return  # which is what is different, above
+    theirs = runner_of(GPUModelRunner, CudagraphDispatcher, mode)
+    assert graph_of(ours(mode), lens) == graph_of(theirs, lens)
+
+
+def test_vllm_alone_pads_a_step_without_drafts_to_a_chain_and_runs_it_piecewise():
+    """Why there is such a dispatcher; where this fails, it may go."""
+    theirs = runner_of(GPUModelRunner, CudagraphDispatcher, "FULL_AND_PIECEWISE")
+    assert graph_of(theirs, [1]) == (CUDAGraphMode.PIECEWISE, BatchDescriptor(CHAIN))
+
+
+def test_where_a_full_graph_is_not_allowed_or_too_small_it_is_the_piecewise_one():
+    runner = ours()
+    dispatch = runner.cudagraph_dispatcher.dispatch
+    with runner._decodes_of(1):
+        assert dispatch(2, True)[0] == CUDAGraphMode.FULL
+        for barred in ({"invalid_modes": {CUDAGraphMode.FULL}}, {"valid_modes": {CUDAGraphMode.PIECEWISE}}):
+            assert dispatch(2, True, **barred) == (CUDAGraphMode.PIECEWISE, BatchDescriptor(CHAIN))
+        assert dispatch(2, True, valid_modes={CUDAGraphMode.NONE}) == (CUDAGraphMode.NONE, BatchDescriptor(2))
+        assert dispatch(9, True) == (CUDAGraphMode.PIECEWISE, BatchDescriptor(CHAIN))
+    assert graph_of(runner, [1], force_eager=True) == (CUDAGraphMode.NONE, BatchDescriptor(1))
+
+
+def test_sizes_are_bounded_by_requests_and_by_what_the_user_wants_recorded():
+    for most, max_num_seqs, largest in ((88, 8, 8), (22, 64, 22), (22, 3, 3), (5632, 512, SIZES[-1])):
+        descs = dict(ours(most=most, max_num_seqs=max_num_seqs).cudagraph_dispatcher.get_capture_descs())
+        assert max(desc.num_tokens for desc in descs[CUDAGraphMode.FULL] if is_single(desc)) == largest
+
+
+def test_behind_vllms_look_at_their_memory_graphs_are_as_before():
+    """It clears all keys then, and initialises them anew."""
+    runner = ours()
+    dispatcher = runner.cudagraph_dispatcher
+    before = dispatcher.get_capture_descs()
+    for keys in dispatcher.cudagraph_keys.values():
+        keys.clear()
+    dispatcher.keys_initialized = False
+    assert graph_of(runner, [1]) == (CUDAGraphMode.NONE, BatchDescriptor(1))
+    dispatcher.initialize_cudagraph_keys(CUDAGraphMode.FULL_AND_PIECEWISE, CHAIN)
+    assert dispatcher.get_capture_descs() == before
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
+def test_each_graph_is_recorded_as_the_batch_that_asks_for_it(mode, monkeypatch):
+    runner = ours(mode)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    recorded = []
+
+    def dummy_run(num_tokens: int, *, uniform_decode: bool, is_graph_capturing: bool = False, **more: Any) -> None:
+        """As vLLM makes its batch, up to what is recorded."""
+        each = runner.uniform_decode_query_len if uniform_decode else num_tokens
+        num_reqs = -(-num_tokens // each) if uniform_decode else min(num_tokens, 8)
+        lens = [each if uniform_decode else num_tokens // num_reqs] * num_reqs
+        lens[-1] += num_tokens - sum(lens)
+        found = runner._determine_batch_execution_and_padding(
+            num_tokens=num_tokens,
+            num_reqs=num_reqs,
+            num_scheduled_tokens_np=np.array(lens, dtype=np.int32),
+            max_num_scheduled_tokens=each,
+            force_uniform_decode=uniform_decode,
+        )
+        if is_graph_capturing:
+            assert found[0] == more["cudagraph_runtime_mode"]
+            recorded.append((*found[:2], lens))
+
+    runner._dummy_run = dummy_run
+    wanted = []
+    for runtime_mode, descs in runner.cudagraph_dispatcher.get_capture_descs():
+        runner._capture_cudagraphs(descs, runtime_mode)
+        wanted += [(runtime_mode, desc) for desc in descs]
+    assert [(mode, desc) for mode, desc, _ in recorded] == wanted
+    for _, desc, lens in recorded:
+        if desc.uniform:
+            assert lens == [1 if is_single(desc) else CHAIN] * desc.num_reqs
+    assert sum(is_single(desc) for _, desc in wanted) == 4
+    assert runner.uniform_decode_query_len == CHAIN
