@@ -32,8 +32,8 @@ TEXTS = (QUESTION, "How many objects are there?", "What happens first?")
 LENGTHS = (1, 2, 24, 96)
 MAX_LEN = 1024
 MOST_GROWTH = 1.05  # of memory, from the second quarter of the time to the last
-# So that what is measured is what is held. The allocator keeps what was freed for a quarter of an hour, and oneDNN,
-# which computes on CPUs, a kernel of a third of a MiB for each of up to 1,024 sizes of batches, in vLLM by itself as well.
+# So that what is measured is what is held. The allocator keeps what was freed for a quarter of an hour; oneDNN, which
+# computes on CPUs, keeps a kernel of a third of a MiB for each of up to 1,024 sizes of batches. So does vLLM alone.
 NOTHING_KEPT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",

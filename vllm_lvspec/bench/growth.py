@@ -39,7 +39,8 @@ from vllm_lvspec.reference.upscale import TEXT_SHAPES, text_shape, upscaled
 Result = TypeVar("Result")
 
 MEASURED_STEPS = 4  # that follow each other with drafts of one length, behind one that counts for neither
-STEP_TOKENS = 8192  # that vLLM schedules at least on large GPUs
+STEP_TOKENS = 8192  # that vLLM schedules by itself on large GPUs
+STEP_TOKENS_ON_CPUS = 4096
 CYCLES = 5  # times that all lengths have their turn
 CAPTION_TOKENS = 256  # at most, as `answer` asks for
 _QUESTION_TOKENS = 64  # by which questions may differ in length
@@ -270,6 +271,8 @@ def _places(options: GrowthOptions) -> Iterator[_Place]:
 
 def _arguments(options: GrowthOptions, target: Model) -> tuple[str, dict[str, Any], int]:
     """Model, arguments of its engine, and requests at once."""
+    from vllm.platforms import current_platform
+
     path = str(PAIRS[options.family].target)
     budget = max(options.output_tokens) + _steps_of_a_place(options) * (1 + max(options.spec_tokens))
     captions = _num_prompt_tokens(options.family, options.seed, None) + _QUESTION_TOKENS + CAPTION_TOKENS
@@ -279,7 +282,8 @@ def _arguments(options: GrowthOptions, target: Model) -> tuple[str, dict[str, An
     }
     longest = max(captions, *lengths.values())
     arguments: dict[str, Any] = {"dtype": options.dtype, "max_model_len": longest}
-    if longest > STEP_TOKENS:  # a video is encoded in one step, for which vLLM has no more room by itself
+    # A video is encoded in one step, for which vLLM has no more room by itself.
+    if longest > (STEP_TOKENS_ON_CPUS if current_platform.is_cpu() else STEP_TOKENS):
         arguments["max_num_batched_tokens"] = longest
     shape = text_shape(AutoConfig.from_pretrained(path))
     if target.shape is not None:

@@ -58,6 +58,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
     """V1 runner whose drafter sees each step, and forgets requests when vLLM does."""
 
     drafter: LVSpecProposer
+    uniform_decode_query_len: int
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
