@@ -330,6 +330,12 @@ def test_the_drafter_has_kernels_of_its_own_and_those_that_the_user_asks_for(pai
         (CompilationMode.VLLM_COMPILE, {}, ["native"], ["vllm_c", "native"]),
         (CompilationMode.NONE, {}, ["vllm_c", "native"], ["vllm_c", "native"]),
         (CompilationMode.VLLM_COMPILE, {"rms_norm": ["oink"]}, ["oink", "native"], ["oink", "vllm_c", "native"]),
+        (
+            CompilationMode.VLLM_COMPILE,
+            {"rms_norm": ["native", "oink"]},
+            ["native", "oink"],
+            ["native", "oink", "vllm_c"],
+        ),
     ):
         theirs = config_of(
             EngineArgs(

@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_lvspec.engine.dispatcher import SIZES, DecodeDispatcher, is_single
 from vllm_lvspec.engine.runner import LVSpecGPUModelRunner
+from vllm_lvspec.engine.scoring import PromptScores
 
 CHAIN = 11  # a token and ten drafted ones
 NO_METRICS = SimpleNamespace(cudagraph_metrics=False)
@@ -46,6 +47,7 @@ def runner_of(
     runner.model_config = SimpleNamespace(is_encoder_decoder=False)
     runner.input_batch = SimpleNamespace(lora_id_to_lora_request={})
     runner.lora_config, runner.load_config = None, SimpleNamespace(use_tqdm_on_load=False)
+    runner.scores = SimpleNamespace(must_look=lambda: False)
     runner.uniform_decode_query_len = CHAIN
     runner.cudagraph_dispatcher = dispatcher(config)
     runner.cudagraph_dispatcher.initialize_cudagraph_keys(CUDAGraphMode[mode], CHAIN)
@@ -100,6 +102,49 @@ def test_where_a_full_graph_is_not_allowed_or_too_small_it_is_the_piecewise_one(
         assert dispatch(2, True, valid_modes={CUDAGraphMode.NONE}) == (CUDAGraphMode.NONE, BatchDescriptor(2))
         assert dispatch(9, True) == (CUDAGraphMode.PIECEWISE, BatchDescriptor(CHAIN))
     assert graph_of(runner, [1], force_eager=True) == (CUDAGraphMode.NONE, BatchDescriptor(1))
+
+
+def test_a_prompt_whose_attention_is_asked_for_is_read_where_one_can_look_on():
+    """Its rest may be as long as a decode; a full graph would run past whoever looks at its layers."""
+    runner = ours()
+    runner.scores = PromptScores.__new__(PromptScores)
+    runner.scores.runner, runner.scores.looks_at = runner, "attention"
+    runner.input_batch.req_ids = ["a", "b"]
+    decoding = SimpleNamespace(num_computed_tokens=21, num_prompt_tokens=21)
+    for rest, each in ((SimpleNamespace(num_computed_tokens=20, num_prompt_tokens=21), 1), (decoding, CHAIN)):
+        runner.requests = {"a": decoding, "b": rest}
+        for looks_at in ("attention", "grid"):
+            runner.scores.looks_at = looks_at
+            runner.scores.begin_step(object())
+            is_full = rest is decoding or looks_at == "grid"
+            assert graph_of(runner, [each] * 2)[0] == (CUDAGraphMode.FULL if is_full else CUDAGraphMode.PIECEWISE)
+    runner.requests = {"a": decoding, "b": SimpleNamespace(num_computed_tokens=10, num_prompt_tokens=21)}
+    runner.scores.looks_at = "attention"
+    assert graph_of(runner, [CHAIN] * 2)[0] == CUDAGraphMode.PIECEWISE
+    runner.scores.begin_step(None)  # no step: a trial
+    assert graph_of(runner, [CHAIN] * 2)[0] == CUDAGraphMode.FULL
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "budget", "rows"),
+    [
+        (8, 4096, [1, 2, 4, 8, 11, 22, 44, 88]),
+        (1, 4096, [1, 11]),
+        (100, 4096, [1, 2, 4, 8, 16, 32, 64, 100, 176, 352, 704, 1100]),
+        (8, 40, [1, 2, 4, 8, 11, 22]),
+        (64, 4096, [1, 2, 4, 8, 16, 32, 64, 88, 176, 352, 704]),
+    ],
+)
+def test_what_steps_cost_is_measured_over_batches_that_have_graphs(max_num_seqs, budget, rows):
+    """But for sizes above what the user wants recorded."""
+    runner = ours(most=704, max_num_seqs=max_num_seqs)
+    runner.num_spec_tokens = CHAIN - 1
+    runner.scheduler_config = SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+    assert runner._num_rows_measured() == rows
+    for count in rows:
+        num_requests, each = (count, 1) if count <= max_num_seqs else (count // CHAIN, CHAIN)
+        if count <= 704:
+            assert graph_of(runner, [each] * num_requests)[0] == CUDAGraphMode.FULL
 
 
 def test_sizes_are_bounded_by_requests_and_by_what_the_user_wants_recorded():

@@ -104,10 +104,11 @@ def _asked_ir_op_priority(target: VllmConfig) -> IrOpPriorityConfig:
     compiled, a normalisation would then be a dozen kernels instead of one.
     """
     added = asdict(current_platform.get_default_ir_op_priority(target))
-    priority = asdict(target.kernel_config.ir_op_priority)
-    return IrOpPriorityConfig(
-        **{op: [name for name in names if name not in added[op]] for op, names in priority.items()}
-    )
+    asked = {}
+    for op, names in asdict(target.kernel_config.ir_op_priority).items():
+        last = next((i for i in reversed(range(len(names))) if names[i] not in added[op]), -1)
+        asked[op] = names[: last + 1]  # vLLM adds its own behind them
+    return IrOpPriorityConfig(**asked)
 
 
 def _reason(error: Exception) -> str:

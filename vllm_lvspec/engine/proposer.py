@@ -137,6 +137,8 @@ class LVSpecProposer:
     def measure_costs(self, target_seconds: Callable[[int, int, int], float], num_rows: Sequence[int]) -> None:
         """Time forwards over `num_rows` (ascending) tokens; all ranks then go by the first rank's clock.
 
+        Up to the most requests that there may be these are one of each, beyond them whole chains of `1 + K`.
+
         `target_seconds(num_requests, rows_each, context)`: what the target takes for so many tokens of each of so many
         requests, which have so many in their cache; there are one or `1 + K` tokens of each.
         """
@@ -151,7 +153,8 @@ class LVSpecProposer:
         draft: list[float] = []
         for count in num_rows:
             rows.append(count)
-            target.append(_fastest(target_seconds, count, 1, 1))
+            num_requests, each = (count, 1) if count <= most else (count // chain, chain)
+            target.append(_fastest(target_seconds, num_requests, each, 1))
             # More rows than requests are none that it ever decodes.
             draft.append(_fastest(model.decode_seconds, min(count, most), 1))
             if get_tp_group().broadcast_object(target[-1] > SLOW_ENOUGH, src=0):

@@ -66,6 +66,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         self.step_times = StepTimes()
         self._changes = Changes()
         self._step_started: float | None = None
+        self._is_measuring = False
         self._undrafted: SpecDecodeMetadata | None = None  # of the last batch where nobody had a draft
         # Of a step with nothing to prefill: its start, moved on by its drafting's time, its requests, their rows and
         # tokens of context.
@@ -226,8 +227,9 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             self.uniform_decode_query_len = self.cudagraph_dispatcher.uniform_decode_query_len = before
 
     def _determine_batch_execution_and_padding(self, *args: Any, max_num_scheduled_tokens: int, **kwargs: Any) -> Any:
-        tokens = 1 if max_num_scheduled_tokens == 1 else self.uniform_decode_query_len
-        with self._decodes_of(tokens):
+        if "force_uniform_decode" not in kwargs and self.scores.must_look():
+            kwargs["force_uniform_decode"] = False  # the rest of a prompt may be as long as a decode
+        with self._decodes_of(1 if max_num_scheduled_tokens == 1 else self.uniform_decode_query_len):
             return super()._determine_batch_execution_and_padding(
                 *args, max_num_scheduled_tokens=max_num_scheduled_tokens, **kwargs
             )
@@ -247,22 +249,33 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             self.drafter.measure_costs(self._target_seconds, self._num_rows_measured())
 
     def _num_rows_measured(self) -> list[int]:
-        chains = self.scheduler_config.max_num_seqs * (1 + self.num_spec_tokens)
-        most = min(chains, self.scheduler_config.max_num_batched_tokens)
-        return sorted({most, *(1 << i for i in range(most.bit_length()))})
+        """As many single tokens as there are requests, then whole chains: what there are graphs of on GPUs."""
+        most, chain = self.scheduler_config.max_num_seqs, 1 + self.num_spec_tokens
+        requests = {most, *(1 << i for i in range(most.bit_length()))}
+        rows = requests | {num * chain for num in requests if num * chain > most}
+        return sorted(num for num in rows if num <= self.scheduler_config.max_num_batched_tokens)
 
     def _target_seconds(self, num_requests: int, rows_each: int, context: int) -> float:
         self._sync_device()
         num_rows = num_requests * rows_each
         started = time.perf_counter()
-        with self._decodes_of(rows_each):
-            hidden, _ = self._dummy_run(
-                num_rows,
-                force_attention=True,
-                uniform_decode=num_requests <= self.scheduler_config.max_num_seqs,
-                profile_seq_lens=max(context, rows_each),
-                skip_eplb=True,
-            )
+        self._is_measuring = True
+        try:
+            with self._decodes_of(rows_each):
+                hidden, _ = self._dummy_run(
+                    num_rows,
+                    force_attention=True,
+                    uniform_decode=True,
+                    profile_seq_lens=max(context, rows_each),
+                    skip_eplb=True,
+                )
+        finally:
+            self._is_measuring = False
         self.model.compute_logits(hidden[:num_rows])
         self._sync_device()
         return time.perf_counter() - started
+
+    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_measuring:
+            kwargs["for_cudagraph_capture"] = False  # for which some backends take contexts for as short as can be
+        return super()._build_attention_metadata(*args, **kwargs)

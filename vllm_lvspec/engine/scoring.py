@@ -113,6 +113,13 @@ class PromptScores:
         """The step whose forward comes next."""
         self._step = scheduler_output
 
+    def must_look(self) -> bool:
+        """Whether the step's forward reads prompts whose attention is asked for, which a full graph would not show."""
+        if self._step is None or self.looks_at != "attention":
+            return False
+        states = (self.runner.requests[req_id] for req_id in self.runner.input_batch.req_ids)
+        return any(state.num_computed_tokens < state.num_prompt_tokens for state in states)
+
     def begin_forward(self) -> None:
         """Find the text behind videos that this forward reads."""
         step, self._step, self._queries = self._step, None, []
