@@ -130,6 +130,10 @@ def test_tokens_are_reached_with_the_keyboard_and_say_what_they_are(browser, pag
     browser.press(ARROW_RIGHT)
     token, detail, matched = shown(browser)
     assert token == "small " and matched == [1, 7]
+    assert "video 1, time 1 of 2, row 1, column 2, hidden from the drafter (cosine 0.50)" in detail
+    assert "video 1, time 2 of 2, row 1, column 2 (cosine 0.25)" in detail
+    hatched = "[...document.querySelectorAll('.cell.matched')].map(c => getComputedStyle(c).backgroundImage != 'none')"
+    assert browser.run(f"return {hatched}") == [True, False]  # a mark does not hide what the drafter does not see
     assert "The target would have said tiny" in detail and "0.125, a filler" in detail and "loose" in detail
     browser.press(END, ARROW_LEFT)
     token, detail, matched = shown(browser)

@@ -224,6 +224,8 @@ def show(console: Console, found: dict[str, Any]) -> None:
             f"{totals.tokens} tokens in {totals.steps} steps of the target: {totals.tokens_per_step:.2f} a step; "
             f"policy {choice['policy']}, relaxation {choice['relaxation']:g}"
         )
+        if (state := _state(choice)) is not None:
+            console.print(state, style="bold")
         if totals.kept is not None:
             console.print(f"the drafter saw {totals.kept} of {totals.seen} visual tokens")
 
@@ -231,19 +233,28 @@ def show(console: Console, found: dict[str, Any]) -> None:
 def write_page(path: Path, found: dict[str, Any], video: Path | None) -> None:
     """One HTML file with everything in it. `video`: whose frames are shown, where the prompt has one."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string((files("vllm_lvspec.observe") / "page.html.jinja").read_text())
+    template = environment.from_string((files("vllm_lvspec.observe") / "page.html.jinja").read_text(encoding="utf-8"))
     choices = [
-        {**choice, "totals": Totals.of(choice), "frames": _frames(choice["items"], video)}
+        {**choice, "totals": Totals.of(choice), "frames": _frames(choice["items"], video), "state": _state(choice)}
         for choice in found["choices"]
     ]
     page = template.render(prompt=found["prompt"], model=found["model"], choices=choices, reasons=REASONS)
-    path.write_text(page)
+    path.write_text(page, encoding="utf-8")
+
+
+def _state(choice: dict[str, Any]) -> str | None:
+    """What is missing of an answer, and why; None where it is whole."""
+    if choice.get("is_cut"):
+        return "Tokens of this answer are missing: a trace is bounded, and there was no room for them."
+    return None if choice["is_finished"] else "The request was still running: its answer goes on."
 
 
 def _frames(items: Sequence[dict[str, Any]], video: Path | None) -> list[dict[str, Any]]:
     """For each step of time of each item, `rows x columns` of its tokens from number `first` on, and a picture."""
     frames = []
     first = 0
+    if sum(item["kind"] == "video" for item in items) > 1:
+        video = None  # nobody knows of which of them it is
     for number, item in enumerate(items):
         time, rows, columns = item["grid"]
         pictures = _pictures(video, time) if video is not None and item["kind"] == "video" else [None] * time
