@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from vllm_lvspec.cli import app
 from vllm_lvspec.engine import doctor
-from vllm_lvspec.engine.doctor import FINE, REFUSED, TOO_LARGE, WRONG_VERSION, Fit, Part, weight_bytes
+from vllm_lvspec.engine.doctor import FINE, REFUSED, TOO_LARGE, UNKNOWN, WRONG_VERSION, Fit, Part, weight_bytes
 from vllm_lvspec.reference import DRAFT, TARGET
 
 SMALL = ("--max-model-len", "1024", "--max-num-seqs", "4", "--dtype", "float32")
@@ -28,6 +28,7 @@ def test_a_pair_that_fits_is_described_with_the_command_that_serves_it():
     assert code == FINE, shown
     for said in ("vllm-lvspec", "cores", "Qwen2_5_VL", "uniform, 90% of a video pruned", "relaxation 0.9", "CPU_ATTN"):
         assert said in shown
+    assert "the target's known partner, or the folder beside it" in shown
     assert "✓ fits: KV cache of 0.250 GiB" in shown
     assert shown.replace(" ", "").endswith("--speculative-configlvspec")
 
@@ -45,6 +46,18 @@ def test_a_pair_that_fits_is_described_with_the_command_that_serves_it():
 def test_what_does_not_fit_or_is_refused_is_named_and_has_an_exit_code(arguments, code, said):
     found, shown = run(*arguments)
     assert found == code and said in shown, shown
+
+
+@pytest.mark.parametrize(("drafter", "said"), [("self", "the target's own weights"), (str(TARGET), "as named")])
+def test_it_says_why_this_drafter(drafter, said):
+    code, shown = run("--kv-cache-memory-bytes", "256M", "-sc", f"lvspec:{drafter}")
+    assert code == FINE and said in shown, shown
+
+
+def test_where_sizes_are_unknown_the_exit_code_says_so(monkeypatch):
+    monkeypatch.setattr(doctor, "weight_bytes", lambda *args: None)
+    code, shown = run("--kv-cache-memory-bytes", "256M")
+    assert code == UNKNOWN and "whether it fits can't be told" in shown, shown
 
 
 def test_another_vllm_is_named(monkeypatch):

@@ -13,6 +13,7 @@ import random
 import re
 import subprocess
 import tempfile
+import textwrap
 import threading
 import time
 import urllib.error
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import yaml
 from matplotlib.figure import Figure
@@ -34,7 +36,6 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 PANELS: list[dict[str, Any]] = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())["panels"]
 VARIABLES = {"$__rate_interval": "15s", "$model": ".*"}
 COLUMNS, ROW_INCHES = 24, 0.42
-_UNITS = {"percentunit": (100, " %"), "s": (1, " s"), "bytes": (2**-20, " MiB")}
 
 
 class Prometheus:
@@ -97,35 +98,61 @@ def prometheus(server_url: str) -> Iterator[Prometheus]:
 
 
 def draw(running: Prometheus, start: float, end: float, path: Path) -> None:
-    """All panels at their places, with their titles, units and legends."""
+    """All panels at their places, with titles, descriptions, units and legends, stacked where Grafana stacks them."""
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in PANELS)
     figure = Figure(figsize=(17, height * ROW_INCHES))
     for panel in PANELS:
         place = panel["gridPos"]
         axes = figure.add_axes(
             (
-                (place["x"] + 1.1) / COLUMNS, 1 - (place["y"] + place["h"] - 1.3) / height,
-                (place["w"] - 1.5) / COLUMNS, (place["h"] - 2.6) / height,
+                (place["x"] + 1.1) / COLUMNS, 1 - (place["y"] + place["h"] - 1.2) / height,
+                (place["w"] - 1.5) / COLUMNS, (place["h"] - 3.4) / height,
             )
         )  # fmt: skip
-        axes.set_title(panel["title"], fontsize=9, loc="left", weight="bold")
-        scale, unit = _UNITS.get(panel.get("fieldConfig", {}).get("defaults", {}).get("unit", ""), (1, ""))
-        for target in panel["targets"]:
-            for labels, values in running.series(target["expr"], start, end):
-                name = _legend(target.get("legendFormat") or "", labels)
-                if panel["type"] == "stat":
-                    axes.text(0.5, 0.5, f"{scale * values[-1][1]:.3g}{unit}", fontsize=22, ha="center", va="center")
-                else:
-                    axes.plot(*zip(*values, strict=True), label=name, linewidth=1.2)
+        lines = textwrap.wrap(panel["description"], 12 * place["w"])
+        axes.set_title("\n".join(lines), fontsize=7, loc="left", color="#555")
+        above = {"xytext": (0, 8 + 9 * len(lines)), "textcoords": "offset points"}
+        axes.annotate(panel["title"], (0, 1), xycoords="axes fraction", fontsize=9, weight="bold", **above)
+        found = [
+            (_legend(target.get("legendFormat") or "", labels), values)
+            for target in panel["targets"]
+            for labels, values in running.series(target["expr"], start, end)
+            if values
+        ]
+        defaults = panel["fieldConfig"]["defaults"]
+        unit = defaults["unit"]
         if panel["type"] == "stat":
+            for _, values in found:
+                axes.text(0.5, 0.4, _shown(values[-1][1], unit), fontsize=22, ha="center", va="center")
             axes.axis("off")
             continue
-        axes.yaxis.set_major_formatter(lambda value, _, scale=scale, unit=unit: f"{scale * value:.3g}{unit}")
+        stacking = defaults["custom"]["stacking"]["mode"]
+        if stacking == "none":
+            for name, values in found:
+                axes.plot(*zip(*values, strict=True), label=name, linewidth=1.5)
+        else:
+            times = sorted({at for _, values in found for at, _ in values})
+            rows = np.array([[dict(values).get(at, 0.0) for at in times] for _, values in found])
+            if stacking == "percent":
+                rows, unit = rows / np.maximum(rows.sum(0), 1e-12), "percentunit"
+            axes.stackplot(times, rows, labels=[name for name, _ in found], alpha=0.75)
+        axes.yaxis.set_major_formatter(lambda value, _, unit=unit: _shown(value, unit))
+        axes.set_xlabel("seconds", fontsize=7, loc="right", labelpad=1)
         axes.tick_params(labelsize=7)
-        axes.set_ylim(bottom=0)
-        if any(line.get_label() and not line.get_label().startswith("_") for line in axes.get_lines()):
-            axes.legend(fontsize=7, loc="upper right")
+        axes.margins(x=0)
+        axes.set_ylim(bottom=0, top=1 if stacking == "percent" else None)
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=5, frameon=False)
     figure.savefig(path, dpi=75)
+
+
+def _shown(value: float, unit: str) -> str:
+    if unit == "percentunit":
+        return f"{100 * value:.3g} %"
+    if unit == "bytes":
+        return f"{value / 2**20:.3g} MiB" if value >= 2**20 else f"{value / 2**10:.3g} KiB"
+    if unit == "s":
+        return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
+    return f"{value:.3g}" + {"reqps": " /s"}.get(unit, "")
 
 
 def _legend(text: str, labels: dict[str, str]) -> str:

@@ -16,7 +16,14 @@ import httpx
 import hypothesis.strategies as st
 import openai
 import pytest
+import schemathesis
 from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 from typer.testing import CliRunner
 
 from vllm_lvspec.cli import app
@@ -186,7 +193,7 @@ HTTP = httpx.Client()
 VISIBLE = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     method=st.sampled_from(["GET", "GET", "GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]),
     route=st.sampled_from(["stats", "stats/", "trace", "trace/{}", "trace/{}/{}", "{}"]),
@@ -204,9 +211,29 @@ def test_any_request_to_the_routes_is_answered_or_refused(server, method, route,
     assert server.process.poll() is None
 
 
+@pytest.fixture(scope="module")
+def described(server):
+    schema = schemathesis.openapi.from_dict(get(server, "/openapi.json"))
+    schema.config.update(base_url=server.url)
+    return schema
+
+
+@pytest.mark.parametrize("path", ["/v1/lvspec/stats", "/v1/lvspec/trace/{request_id}"])
+def test_whatever_is_asked_by_the_description_is_answered_as_described(path, server, described):
+    checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+
+    @settings(max_examples=800, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(case=described[path]["GET"].as_strategy())
+    def ask_it(case):
+        case.call_and_validate(headers={"Authorization": f"Bearer {KEY}"}, checks=checks, timeout=60)
+        assert server.process.poll() is None
+
+    ask_it()
+
+
 def test_the_routes_are_described_with_those_of_vllm(server):
-    described = get(server, "/openapi.json")["paths"]
-    assert {path for path in described if "lvspec" in path} == {"/v1/lvspec/stats", "/v1/lvspec/trace/{request_id}"}
+    found = get(server, "/openapi.json")["paths"]
+    assert {path for path in found if "lvspec" in path} == {"/v1/lvspec/stats", "/v1/lvspec/trace/{request_id}"}
 
 
 def test_inspect_asks_a_server_and_writes_a_page(server, tmp_path):

@@ -30,16 +30,26 @@ CLIP = CLIPS / "shapes-1.mp4"
 # Of a GPU several tests have a part; by itself vLLM takes nine tenths of it.
 GPU_SHARE = ["--gpu-memory-utilization", "0.05", "--kv-cache-memory-bytes", "512M"] if torch.cuda.is_available() else []
 STRICT = {"extra_body": {"vllm_xargs": {"lvspec_policy": "strict"}}}
+RANKS = [pytest.param(1, id="one rank"), pytest.param(2, id="two ranks", marks=pytest.mark.two_ranks)]
 
 
-@pytest.fixture(scope="module")
-def server():
-    with serve(
-        TARGET, "--speculative-config", '{"method": "lvspec", "only_if_faster": false}',
-        "--max-model-len", "1024", "--max-num-seqs", "4",
-        "--dtype", "float32", "--enforce-eager", "--served-model-name", "reference",
+def serve_on(ranks: int, *arguments: str):
+    """A server of the bundled target, on so many tensor-parallel ranks."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    return serve(
+        TARGET, *arguments, "--max-model-len", "1024", "--max-num-seqs", "4", "--dtype", "float32", "--enforce-eager",
+        "--served-model-name", "reference", "--allowed-local-media-path", str(CLIPS),
+        *GPU_SHARE, *PAIRS["qwen2_5_vl"].server_arguments, "--tensor-parallel-size", str(ranks),
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if ranks == 2 else {},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=RANKS)
+def server(request):
+    with serve_on(
+        request.param, "--speculative-config", '{"method": "lvspec", "only_if_faster": false}',
         "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
-        "--allowed-local-media-path", str(CLIPS), *GPU_SHARE, *PAIRS["qwen2_5_vl"].server_arguments,
     ) as running:  # fmt: skip
         yield running
 
@@ -169,8 +179,9 @@ def test_a_corrupt_video_is_a_4xx_and_the_server_lives(data, client, server):
 
 def video(tmp_path, num_frames, width, height):
     """A file of so many frames; OpenCV writes one of no frames, too."""
-    path = tmp_path / "video.mp4"
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 8, (width, height))
+    name, codec = ("video.avi", "MJPG") if width == 1 else ("video.mp4", "mp4v")  # which has even sizes only
+    path = tmp_path / name
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 8, (width, height))
     for i in range(num_frames):
         writer.write(np.full((height, width, 3), 7 * i % 256, np.uint8))
     writer.release()
@@ -186,7 +197,7 @@ def answer_or_status(client, messages):
 
 
 @pytest.mark.parametrize(
-    ("num_frames", "width", "height"), [(0, 64, 64), (8, 2, 2), (8, 2, 900), (4000, 32, 32), (400, 640, 480)]
+    ("num_frames", "width", "height"), [(0, 64, 64), (8, 1, 1), (8, 2, 2), (8, 2, 900), (4000, 32, 32), (400, 640, 480)]
 )
 def test_a_video_of_any_size_is_answered_or_a_4xx_and_the_server_lives(
     num_frames, width, height, tmp_path, client, server
@@ -236,21 +247,19 @@ def test_cancelled_streams_leave_nothing_running_and_others_unharmed(client, ser
     assert server.metric("vllm:num_requests_running") == 0
 
 
-def test_a_killed_worker_ends_the_server_and_no_request_hangs():
-    with serve(
-        TARGET, "--speculative-config", "lvspec", "--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager",
-        "--served-model-name", "reference", "--allowed-local-media-path", str(CLIPS),
-        *PAIRS["qwen2_5_vl"].server_arguments,
-    ) as running:  # fmt: skip
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_killed_worker_ends_the_server_and_no_request_hangs(ranks):
+    with serve_on(ranks, "--speculative-config", "lvspec") as running:
         client = openai.OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0, timeout=120)
         options = {"max_tokens": 800, "extra_body": {"ignore_eos": True}}
         stream = ask(client, message(QUESTION, CLIP.as_uri()), stream=True, **options)
         next(iter(stream))
         family = psutil.Process(running.process.pid).children(recursive=True)
-        (worker,) = [process for process in family if "Worker" in "".join(process.cmdline())]
+        workers = [process for process in family if "Worker" in "".join(process.cmdline())]
+        assert len(workers) == ranks
         with concurrent.futures.ThreadPoolExecutor() as pool:
             waiting = pool.submit(ask, client, message(QUESTION, CLIP.as_uri()), **options)
-            worker.kill()
+            workers[-1].kill()
             with pytest.raises(openai.OpenAIError):
                 waiting.result(timeout=120)
         # What has begun ends, with an error or the connection; nobody waits for ever.

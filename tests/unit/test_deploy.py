@@ -5,12 +5,15 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import kubernetes_validate
 import prometheus_client
 import pytest
 import yaml
 
+from vllm_lvspec import __version__
 from vllm_lvspec.observe.metrics import METRICS
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -84,6 +87,62 @@ def test_panels_ask_in_the_language_of_prometheus(tmp_path):
     )
     with pytest.raises(AssertionError, match="could not parse"):
         promtool("check", "rules", "rules.yml", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.cuda"])
+def test_dockerfiles_are_fine_by_their_linter(name, tmp_path):
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([hadolint, DEPLOY / "docker" / name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    (tmp_path / name).write_text("FROM vllm/vllm-openai\n")
+    done = subprocess.run([hadolint, tmp_path / name], capture_output=True, text=True)
+    assert done.returncode == 1 and "DL3006" in done.stdout  # it does look
+
+
+def test_compose_mounts_and_builds_what_is_there():
+    folder = DEPLOY / "docker"
+    services = yaml.safe_load((folder / "compose.yml").read_text())["services"]
+    mounted = [volume.split(":")[0] for service in services.values() for volume in service.get("volumes", ())]
+    files = [folder / source for source in mounted if source.startswith(".")]
+    build = services["vllm"]["build"]
+    context = (folder / build["context"]).resolve()
+    assert len(files) == 4 and all(path.exists() for path in [*files, context / build["dockerfile"]])
+    copied = re.findall(r"^COPY (.+) \S+$", (context / build["dockerfile"]).read_text(), re.MULTILINE)
+    assert len(copied) == 4 and all((context / name).exists() for line in copied for name in line.split())
+
+
+def test_whoever_asks_for_an_image_names_one_that_is_built():
+    texts = {path: path.read_text() for path in DEPLOY.rglob("*") if path.suffix in (".yml", ".yaml", ".cpu", ".cuda")}
+    asked = {name for text in texts.values() for name in re.findall(r"image: (vllm-lvspec\S*)", text)}
+    built = {name for text in texts.values() for name in re.findall(r"-t (vllm-lvspec\S*)", text)}
+    assert asked <= built == {f"vllm-lvspec:{__version__}{kind}" for kind in ("", "-ray", "-cpu")}
+
+
+def manifests():
+    return [
+        (path.name, manifest)
+        for path in (DEPLOY / "kubernetes").glob("*.yaml")
+        for manifest in yaml.safe_load_all(path.read_text())
+    ]
+
+
+def test_manifests_are_what_kubernetes_takes():
+    """By its own schemas; KubeRay's kind, which is not among them, by what its pods are made of."""
+    version = kubernetes_validate.latest_version()
+    kinds = []
+    for name, manifest in manifests():
+        kinds.append(manifest["kind"])
+        if manifest["kind"] != "RayService":
+            kubernetes_validate.validate(manifest, version, strict=True)
+            continue
+        cluster = manifest["spec"]["rayClusterConfig"]
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": group["template"]["spec"]}
+            kubernetes_validate.validate(pod, version, strict=True)
+    assert sorted(kinds) == ["Deployment", "PersistentVolumeClaim", "RayService", "Service"]
+    pod["spec"]["containers"][0]["imagee"] = "x"
+    with pytest.raises(kubernetes_validate.ValidationError, match="imagee"):
+        kubernetes_validate.validate(pod, version, strict=True)
 
 
 def test_kuberay_asks_ray_serve_for_what_it_takes(monkeypatch):

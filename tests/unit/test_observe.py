@@ -1,8 +1,10 @@
 """What can be seen from outside: metrics on their way, traces, and the page made of them."""
 
+import asyncio
 import json
 import math
 import re
+from argparse import Namespace
 from types import SimpleNamespace
 
 import cv2
@@ -11,6 +13,8 @@ import numpy as np
 import prometheus_client
 import pytest
 import torch
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from hypothesis import given
 from rich.console import Console
 from vllm.v1.engine import EngineCoreOutputs
@@ -19,12 +23,13 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from vllm_lvspec.config import METHOD
 from vllm_lvspec.engine import trace as trace_module
 from vllm_lvspec.engine.scheduler import LVSpecScheduler, with_changes
 from vllm_lvspec.engine.trace import RequestTrace, TracedToken, Traces, anchors_of
 from vllm_lvspec.kernels.acceptance import LOOSE, Chains, Rules, accept_reference
 from vllm_lvspec.kernels.relevance import VisualPages, top_cosines_reference
-from vllm_lvspec.observe.endpoint import add_texts
+from vllm_lvspec.observe.endpoint import LVSpecEndpoint, add_texts
 from vllm_lvspec.observe.inspect import InspectError, Totals, read_trace, show, write_page
 from vllm_lvspec.observe.metrics import (
     METRICS,
@@ -352,7 +357,7 @@ def test_a_page_shows_tokens_reasons_frames_and_totals_and_lets_nothing_out_of_t
     page = (tmp_path / "page.html").read_text()
     assert "<script>alert" not in page and "<img src=x" not in page
     assert page.count('class="token ') == 4 and page.count("data:image/jpeg;base64,") == 2
-    assert 'data-first="6" data-rows="2" data-columns="3"' in page
+    assert 'data-first="6" data-name="video 1, time 2 of 2" data-rows="2" data-columns="3"' in page
     assert "2 steps of the target, 2.00 a step" in page and "of 13 visual tokens" in page
     (data,) = re.findall(r'<script type="application/json" class="data">(.*?)</script>', page, re.DOTALL)
     assert json.loads(data)["tokens"][1]["text"] == EVIL
@@ -369,6 +374,55 @@ def test_the_terminal_shows_the_same(capsys):
     show(Console(width=200, force_terminal=False), evil)
     assert not set("\x1b\x07") & set(capsys.readouterr().out)
     assert totals.reasons == {"exact": 1, "loose": 1, "shift": 1, "target": 1} and totals.tokens_per_step == 2
+
+
+def test_what_is_missing_of_an_answer_is_said(tmp_path, capsys):
+    for more, said in (
+        ({}, None),
+        ({"is_finished": False}, "still running"),
+        ({"is_cut": True}, "Tokens of this answer are missing"),
+    ):
+        trace = found()
+        trace["choices"][0] |= more
+        write_page(tmp_path / "page.html", trace, None)
+        show(Console(width=200, force_terminal=False), trace)
+        for shown in ((tmp_path / "page.html").read_text(), capsys.readouterr().out):
+            assert [word for word in ("still running", "Tokens of this answer are missing") if word in shown] == (
+                [said] if said else []
+            )
+
+
+def test_of_several_videos_nobody_knows_which_the_file_is(tmp_path):
+    video = tmp_path / "video.mp4"
+    writer = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"mp4v"), 8, (64, 48))
+    writer.write(np.zeros((48, 64, 3), np.uint8))
+    writer.release()
+    trace = found()
+    item = {"kind": "video", "grid": [1, 2, 3], "num_tokens": 6}
+    for num, pictures in ((1, 1), (2, 0)):
+        trace["choices"][0]["items"] = [item] * num
+        write_page(tmp_path / "page.html", trace, video)
+        page = (tmp_path / "page.html").read_text()
+        assert page.count("data:image/jpeg") == pictures and page.count("<figure>") == num
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"), [(None, "decodes without lvspec"), ({"trace": 0}, "keeps no traces"), ({"trace": 1}, "'x'")]
+)
+def test_a_server_that_keeps_no_such_trace_says_so(settings, says):
+    async def nothing(method, args=()):
+        return [[]]
+
+    more = {} if settings is None else {METHOD: settings}
+    engine = SimpleNamespace(vllm_config=SimpleNamespace(additional_config=more), collective_rpc=nothing)
+    app = FastAPI()
+    endpoint = LVSpecEndpoint()
+    endpoint.attach_router(app)
+    asyncio.run(endpoint.init_state(engine, app.state, Namespace()))
+    reply = TestClient(app).get("/v1/lvspec/trace/x")
+    assert reply.status_code == 404 and says in reply.json()["error"]["message"]
+    if settings is None:
+        assert TestClient(app).get("/v1/lvspec/stats").status_code == 404
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"choices": [{"tokens": [{}], "items": []}]}'])

@@ -20,12 +20,13 @@ from rich.table import Table
 
 from vllm_lvspec import __version__
 from vllm_lvspec.config import METHOD, SELF, LVSpecConfig, LVSpecConfigError
+from vllm_lvspec.draft.pairs import default_draft_model
 from vllm_lvspec.engine.versions import TESTED, installed_vllm, is_tested_vllm
 
 if TYPE_CHECKING:  # in a vLLM that was not tested these might fail, before anybody is told which one would be right
     from vllm.config import ModelConfig, VllmConfig
 
-FINE, REFUSED, TOO_LARGE, WRONG_VERSION = 0, 2, 3, 4  # exit codes
+FINE, REFUSED, TOO_LARGE, WRONG_VERSION, UNKNOWN = 0, 2, 3, 4, 5  # exit codes
 GIB = 1 << 30
 PACKAGES = ("torch", "triton", "transformers", "pydantic")
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
@@ -145,7 +146,12 @@ def _print_use(console: Console, vllm_config: VllmConfig, config: LVSpecConfig) 
         backend = get_attn_backend(model.get_head_size(), model.dtype, vllm_config.cache_config.cache_dtype)
     table = Table(show_header=False, box=None)
     table.add_row("target", escape(model.model), f"{model.architecture}, {model.dtype}".replace("torch.", ""))
-    table.add_row("drafter", escape(str(config.model)), "the target's own weights" if config.model == SELF else "")
+    known = default_draft_model(model.model)
+    if config.model == SELF:
+        why = "the target's own weights" + ("" if known else "; no partner of it is known")
+    else:
+        why = "the target's known partner, or the folder beside it" if config.model == known else "as named"
+    table.add_row("drafter", escape(str(config.model)), why)
     table.add_row("tokens a step", str(config.num_speculative_tokens), f"at most; {config.draft_length}")
     view = f"{config.pruning}, {config.pruning_ratio:.0%} of a video pruned"
     table.add_row("drafter's view", view, "images are seen whole")
@@ -173,7 +179,7 @@ def _print_fit(console: Console, longest: int, fit: Fit) -> int:
         return TOO_LARGE
     if fit.num_tokens is None:
         console.print("[yellow]![/] whether it fits can't be told: the size of weights is unknown", highlight=False)
-        return FINE
+        return UNKNOWN
     cache = fit.num_tokens * fit.bytes_per_token / GIB
     if fit.num_tokens < longest:
         console.print(

@@ -20,7 +20,8 @@ from vllm_lvspec.config import METHOD
 
 router = APIRouter(prefix=f"/v1/{METHOD}", tags=[METHOD])
 ERRORS: dict[int | str, dict[str, Any]] = {
-    HTTPStatus.NOT_FOUND.value: {"description": "the server does not use lvspec, or keeps no such trace"}
+    HTTPStatus.UNAUTHORIZED.value: {"description": "not the server's key"},
+    HTTPStatus.NOT_FOUND.value: {"description": "the server does not use lvspec, or keeps no such trace"},
 }
 
 
@@ -35,6 +36,14 @@ class LVSpecEndpoint:
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         state.lvspec_engine = engine_client if engine_client is not None and _settings(engine_client) else None
+
+
+def _responses(**parts: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """What a route may answer; `parts`: what there is beside the model's name and the plugin's settings."""
+    properties = {"model": {"type": "string"}, "settings": {"type": "object"}, **parts}
+    schema = {"type": "object", "required": list(properties), "properties": properties}
+    content = {"application/json": {"schema": schema}}
+    return {HTTPStatus.OK.value: {"description": "found", "content": content}, **ERRORS}
 
 
 def _settings(engine: EngineClient) -> dict[str, Any] | None:
@@ -52,7 +61,7 @@ def _no_lvspec() -> JSONResponse:
     return _error("this server decodes without lvspec: start it with --speculative-config lvspec")
 
 
-@router.get("/stats", responses=ERRORS)
+@router.get("/stats", responses=_responses(ranks={"type": "array", "items": {"type": "object"}, "minItems": 1}))
 async def stats(request: Request) -> JSONResponse:
     """The plugin's settings, and what each rank has counted since the start."""
     engine: EngineClient | None = request.app.state.lvspec_engine
@@ -62,7 +71,10 @@ async def stats(request: Request) -> JSONResponse:
     return JSONResponse({"model": _model(engine), "settings": _settings(engine), "ranks": ranks})
 
 
-@router.get("/trace/{request_id:path}", responses=ERRORS)  # clients may name requests as they like
+@router.get(  # clients may name requests as they like
+    "/trace/{request_id:path}",
+    responses=_responses(choices={"type": "array", "items": {"type": "object"}, "minItems": 1}),
+)
 async def trace(request: Request, request_id: str) -> JSONResponse:
     """Every token of a request that runs or is among the last that have finished, and why it was emitted."""
     engine: EngineClient | None = request.app.state.lvspec_engine
