@@ -347,12 +347,17 @@ def found(**more):
     return {"model": EVIL, "prompt": EVIL, "choices": [choice], **more}
 
 
-def test_a_page_shows_tokens_reasons_frames_and_totals_and_lets_nothing_out_of_the_answer(tmp_path):
-    video = tmp_path / "video.mp4"
-    writer = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"mp4v"), 8, (64, 48))
+@pytest.fixture
+def video(tmp_path):
+    path = tmp_path / "video.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 8, (64, 48))
     for i in range(8):
         writer.write(np.full((48, 64, 3), 30 * i, np.uint8))
     writer.release()
+    return path
+
+
+def test_a_page_shows_tokens_reasons_frames_and_totals_and_lets_nothing_out_of_the_answer(video, tmp_path):
     write_page(tmp_path / "page.html", found(), video)
     page = (tmp_path / "page.html").read_text()
     assert "<script>alert" not in page and "<img src=x" not in page
@@ -392,11 +397,7 @@ def test_what_is_missing_of_an_answer_is_said(tmp_path, capsys):
             )
 
 
-def test_of_several_videos_nobody_knows_which_the_file_is(tmp_path):
-    video = tmp_path / "video.mp4"
-    writer = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"mp4v"), 8, (64, 48))
-    writer.write(np.zeros((48, 64, 3), np.uint8))
-    writer.release()
+def test_of_several_videos_nobody_knows_which_the_file_is(video, tmp_path):
     trace = found()
     item = {"kind": "video", "grid": [1, 2, 3], "num_tokens": 6}
     for num, pictures in ((1, 1), (2, 0)):

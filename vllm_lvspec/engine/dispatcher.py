@@ -10,7 +10,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
 
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
@@ -54,9 +53,9 @@ class DecodeDispatcher(CudagraphDispatcher):
     ) -> tuple[CUDAGraphMode, BatchDescriptor]:
         if uniform_decode and self.uniform_decode_query_len == 1:
             allowed = (valid_modes or CUDAGraphMode.valid_runtime_modes()) - (invalid_modes or set())
-            if CUDAGraphMode.FULL in allowed and self.keys_initialized and num_tokens <= max(self._singles, default=0):
-                size = self._singles[bisect_left(self._singles, num_tokens)]
+            place = bisect_left(self._singles, num_tokens)
+            if CUDAGraphMode.FULL in allowed and self.keys_initialized and place < len(self._singles):
+                size = self._singles[place]
                 return CUDAGraphMode.FULL, BatchDescriptor(size, size, uniform=True)
             uniform_decode = False  # what else there is, is of chains
-        more: dict[str, Any] = {"valid_modes": valid_modes, "invalid_modes": invalid_modes}
-        return super().dispatch(num_tokens, uniform_decode, has_lora, num_active_loras, **more)
+        return super().dispatch(num_tokens, uniform_decode, has_lora, num_active_loras, valid_modes, invalid_modes)

@@ -134,10 +134,12 @@ class LVSpecProposer:
         after, _ = torch.cuda.mem_get_info(model.device)
         return max(0, before - after)
 
-    def measure_costs(self, target_seconds: Callable[[int, int, int], float], num_rows: Sequence[int]) -> None:
-        """Time forwards over `num_rows` (ascending) tokens; all ranks then go by the first rank's clock.
+    def measure_costs(
+        self, target_seconds: Callable[[int, int, int], float], batches: Sequence[tuple[int, int]]
+    ) -> None:
+        """Time forwards over `batches`, requests and tokens of each, by ascending tokens in all.
 
-        Up to the most requests that there may be these are one of each, beyond them whole chains of `1 + K`.
+        All ranks then go by the first rank's clock.
 
         `target_seconds(num_requests, rows_each, context)`: what the target takes for so many tokens of each of so many
         requests, which have so many in their cache; there are one or `1 + K` tokens of each.
@@ -151,12 +153,11 @@ class LVSpecProposer:
         rows: list[int] = []
         target: list[float] = []
         draft: list[float] = []
-        for count in num_rows:
-            rows.append(count)
-            num_requests, each = (count, 1) if count <= most else (count // chain, chain)
+        for num_requests, each in batches:
+            rows.append(num_requests * each)
             target.append(_fastest(target_seconds, num_requests, each, 1))
             # More rows than requests are none that it ever decodes.
-            draft.append(_fastest(model.decode_seconds, min(count, most), 1))
+            draft.append(_fastest(model.decode_seconds, min(rows[-1], most), 1))
             if get_tp_group().broadcast_object(target[-1] > SLOW_ENOUGH, src=0):
                 break
         target, draft = smooth_costs(rows, target), smooth_costs(rows, draft)

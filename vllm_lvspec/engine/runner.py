@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -246,14 +247,15 @@ class LVSpecGPUModelRunner(GPUModelRunner):
     def measure_costs(self) -> None:
         """Time forwards of target and drafter, so that the drafter knows what another token costs."""
         if self.drafter.config.draft_length == "adaptive" or self.drafter.config.only_if_faster:
-            self.drafter.measure_costs(self._target_seconds, self._num_rows_measured())
+            self.drafter.measure_costs(self._target_seconds, self._batches_measured())
 
-    def _num_rows_measured(self) -> list[int]:
-        """As many single tokens as there are requests, then whole chains: what there are graphs of on GPUs."""
+    def _batches_measured(self) -> list[tuple[int, int]]:
+        """Requests and tokens of each: as many single ones as there may be, then whole chains, which have graphs."""
         most, chain = self.scheduler_config.max_num_seqs, 1 + self.num_spec_tokens
         requests = {most, *(1 << i for i in range(most.bit_length()))}
-        rows = requests | {num * chain for num in requests if num * chain > most}
-        return sorted(num for num in rows if num <= self.scheduler_config.max_num_batched_tokens)
+        batches = [(num, 1) for num in requests] + [(num, chain) for num in requests if num * chain > most]
+        budget = self.scheduler_config.max_num_batched_tokens
+        return sorted((batch for batch in batches if math.prod(batch) <= budget), key=math.prod)
 
     def _target_seconds(self, num_requests: int, rows_each: int, context: int) -> float:
         self._sync_device()
