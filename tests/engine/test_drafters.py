@@ -134,6 +134,38 @@ def test_where_nobody_has_a_draft_vllms_metadata_are_what_it_would_make_itself(e
             assert mine == value, name
 
 
+def test_what_a_step_emits_does_not_wait_for_the_drafter(engines, monkeypatch):
+    engine = engines(QWEN, drafter=0)
+    core = engine.llm.llm_engine.engine_core.engine_core
+    counts = runner_of(engine).drafter.drafter.counts
+    steps: list[tuple[int, Any, Any]] = []  # tokens that leave, what the drafter has done by then, and after it
+
+    def step() -> Any:
+        outputs, executed = run_step()
+        told = sum(len(output.new_token_ids) for each in outputs.values() for output in each.outputs)
+        steps.append((told, counts.copy(), None))
+        return outputs, executed
+
+    def post_step(model_executed: bool) -> None:
+        ask_for_drafts(model_executed)
+        steps[-1] = *steps[-1][:2], counts.copy()
+
+    run_step, ask_for_drafts = core.step_fn, core.post_step
+    before = counts.copy()
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "step_fn", step)
+        patch.setattr(core, "post_step", post_step)
+        engine.run(ask_videos(QWEN, [(0, "What is seen?"), (1, "What moves?")], greedy(24)))
+    for _, when_it_leaves, afterwards in steps:
+        assert when_it_leaves == before
+        before = afterwards
+    first = next(step for step in steps if step[0])
+    assert first[1]["prefills"] < first[2]["prefills"]
+    assert sum(step[0] for step in steps) == 48
+    engine.stats()
+    nothing_left(engine)
+
+
 def nothing_left(engine: Engine) -> None:
     """Of requests that are gone."""
     runner = runner_of(engine)

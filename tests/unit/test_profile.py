@@ -54,9 +54,8 @@ class Runner(Thing):
     def sample_tokens(self):
         self.clock.now += 3
         self.verification.accept()
-        self.propose_draft_token_ids()
 
-    def propose_draft_token_ids(self):
+    def take_draft_token_ids(self):
         self.drafter.drafter._draft()
 
 
@@ -95,6 +94,8 @@ def run(runner, *steps, between=7.0):
     for each in steps:
         runner.execute_model(each)
         runner.sample_tokens()
+        if "drafter" in vars(runner):  # the engine asks where there is speculation
+            runner.take_draft_token_ids()
         runner.clock.now += between
 
 

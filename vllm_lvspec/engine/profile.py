@@ -59,7 +59,7 @@ PARTS = (
     Part(_SAMPLING, "", "sample_tokens"),
     *(Part(_VERIFICATION, "verification", method) for method in ("begin_step", "batch", "accept", "count")),
     *(Part(_SCORES, "scores", method) for method in ("begin_forward", "_add_attention", "add_similarity", "of")),
-    Part(_DECISIONS, "", "propose_draft_token_ids"),
+    Part(_DECISIONS, "", "take_draft_token_ids"),
     Part(_BATCHES, "drafter.drafter", "_draft"),
     Part(_FIRST_BATCH, "drafter.drafter", "_catch_up"),
     Part(_VIDEOS, "drafter.drafter", "_prepare"),

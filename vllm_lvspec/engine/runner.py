@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,6 +70,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         self._step_started: float | None = None
         self._is_measuring = False
         self._undrafted: SpecDecodeMetadata | None = None  # of the last batch where nobody had a draft
+        self._drafting: Callable[[], list[list[int]]] | None = None  # of the step whose drafts are not taken yet
         # Of a step with nothing to prefill: its start, moved on by its drafting's time, its requests, their rows and
         # tokens of context.
         self._last_step: tuple[float, int, int, int] | None = None
@@ -121,11 +123,12 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         return replace(self._undrafted, logits_indices=logits_indices)
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
-        # Of no draft at all the scheduler need not hear: it has forgotten those that it has scheduled.
-        drafts = self._draft_token_ids
-        if isinstance(drafts, list) and not any(drafts):
+        if self._drafting is None:
             return None
-        return super().take_draft_token_ids()
+        self._draft_token_ids = self._drafting()
+        self._drafting = None
+        # Of no draft at all the scheduler need not hear: it has forgotten those that it has scheduled.
+        return super().take_draft_token_ids() if any(self._draft_token_ids) else None
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
         # In a batch where nobody has a draft, vLLM still sends all requests through its rejection sampler, which then
@@ -162,6 +165,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         return result
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        self._drafting = None
         is_decode = only_decodes(scheduler_output)
         started = time.perf_counter()
         if is_decode and self._last_step is not None:
@@ -175,17 +179,29 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         finally:
             self.scores.begin_step(None)
 
-    def propose_draft_token_ids(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+    def propose_draft_token_ids(
+        self, scheduler_output: SchedulerOutput, sampled_token_ids: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Drafts are made when the scheduler asks for them. By then the step's tokens, a prompt's first one among them,
+        # are on their way to the clients and need not wait for the drafter, which may have the prompt to read.
+        if self._step_started is not None:
+            # The sampled tokens are on the host by now, and drafted ones will be, so its clock sees both parts.
+            self.step_times.steps += 1
+            self.step_times.target_seconds += time.perf_counter() - self._step_started
+            self.step_times.verify_seconds += self.verification.seconds
+        sampled = [list(tokens) for tokens in sampled_token_ids]  # the scheduler cuts its own where answers end
+        self._drafting = functools.partial(self._draft, scheduler_output, sampled, *args, **kwargs)
+        return []
+
+    @torch.inference_mode()
+    def _draft(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> list[list[int]]:
+        """Drafted tokens of each request of the step that was run last."""
         self.drafter.begin_step(
             scheduler_output, self.input_batch.req_ids, self.requests, self.input_batch.block_table[0]
         )
-        # The sampled tokens are on the host by now, and drafted ones will be, so the host's clock sees both parts.
         before = time.perf_counter()
         drafts = super().propose_draft_token_ids(scheduler_output, *args, **kwargs)
         if self._step_started is not None:
-            self.step_times.steps += 1
-            self.step_times.target_seconds += before - self._step_started
-            self.step_times.verify_seconds += self.verification.seconds
             seconds = time.perf_counter() - before
             self.step_times.draft_seconds += seconds
             context = int(self.input_batch.num_tokens_no_spec[: self.input_batch.num_reqs].sum())
