@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,31 @@ def test_the_users_arguments_stay_as_they_were(pair):
     assert args.worker_cls == "auto" and args.scheduler_cls is None
     assert first.additional_config == second.additional_config
     assert first.additional_config["mine"] == 1
+
+
+def test_the_target_is_compiled_anew_only_for_what_changes_its_graph(pair):
+    def hash_of(more=None, **settings):
+        speculative = {"method": "lvspec", **settings}
+        return config_of(
+            EngineArgs(model=pair[0], speculative_config=speculative, additional_config=more or {})
+        ).compute_hash()
+
+    usual = hash_of()
+    assert usual == hash_of()
+    for same in ({"policy": "strict"}, {"model": "self"}, {"num_speculative_tokens": 4}, {"trace": 3}):
+        assert hash_of(**same) == usual, same
+    assert hash_of(anchor_source="layer:1") != usual
+    assert hash_of({"mine": 1}) != usual
+    assert hash_of({"mine": 1}) != hash_of({"mine": 2})
+
+
+def test_workers_are_sent_the_settings(pair):
+    vllm_config = config_of(EngineArgs(model=pair[0], speculative_config="lvspec", additional_config={"mine": 1}))
+    sent = pickle.loads(pickle.dumps(vllm_config))
+    assert lvspec_config(sent) == lvspec_config(vllm_config)
+    assert sent.additional_config["mine"] == 1 and sent.compute_hash() == vllm_config.compute_hash()
+    copied = replace(vllm_config)  # vLLM copies it for parts of a model
+    assert copied.compute_hash() == vllm_config.compute_hash()
 
 
 def test_other_methods_are_untouched(pair):

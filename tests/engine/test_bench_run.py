@@ -180,3 +180,17 @@ def test_what_steps_cost_is_measured_over_videos_answers_and_requests(tmp_path, 
     assert [point.prompt_seconds is not None for point in measured.points] == [True, False, True, False]
     assert 0 < measured.points[0].draft_prompt_seconds < measured.points[0].prompt_seconds
     assert (tmp_path / "growth.png").stat().st_size > 1000
+
+
+def test_what_vllm_refuses_ends_a_run_with_its_words(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    envs.disable_envs_cache()
+    options = growth.GrowthOptions(
+        json_path=tmp_path / "growth.json",
+        targets=[growth.Model(None, None)],
+        samples=2,
+        engine_arguments={"max_model_len": 10**6},
+        alone=False,
+    )
+    with pytest.raises(growth.BenchError, match=r"max_model_len \(1000000\)"):
+        growth.run_growth(options, Console(quiet=True))

@@ -629,7 +629,7 @@ def read_slowly(sample):
 
 
 def test_videos_are_read_ahead_as_many_as_there_is_room_for(monkeypatch):
-    monkeypatch.setattr(run, "_has_plugin", lambda llm: False)
+    monkeypatch.setattr(run, "has_plugin", lambda llm: False)
     monkeypatch.setattr(run, "PREPARED_BYTES", 250)
     read = []
     samples = [SimpleNamespace(name=str(i)) for i in range(7)]
@@ -640,7 +640,7 @@ def test_videos_are_read_ahead_as_many_as_there_is_room_for(monkeypatch):
 
 
 def test_answers_that_end_in_one_step_share_its_seconds_and_while_nothing_runs_the_clock_stands(monkeypatch):
-    monkeypatch.setattr(run, "_has_plugin", lambda llm: False)
+    monkeypatch.setattr(run, "has_plugin", lambda llm: False)
     engine = StepEngine()
     samples = [SimpleNamespace(name=str(i)) for i in range(6)]
     answers = []
@@ -736,7 +736,7 @@ def test_a_stopped_run_makes_up_for_the_profile_alone(turn_engines, tmp_path, mo
     samples = videofacts(2, 1, ["choice"])
     run_on_fakes(tmp_path, samples)
     num_asked = len(TurnEngine.asked)
-    monkeypatch.setattr(run, "_has_plugin", lambda llm: llm.policy != "ar")
+    monkeypatch.setattr(run, "has_plugin", lambda llm: llm.policy != "ar")
     monkeypatch.setattr(TurnEngine, "collective_rpc", lambda self, name: [{"decode": {}}], raising=False)
     found = run_on_fakes(tmp_path, samples, with_profile=True)
     assert len(TurnEngine.asked) == num_asked

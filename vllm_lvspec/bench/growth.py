@@ -29,7 +29,7 @@ from transformers import AutoConfig
 from vllm_lvspec.bench.command import LARGEST_BLOCK, BenchError, environment, kv_cache_bytes
 from vllm_lvspec.bench.lengths import SteeredDrafter, answer, ratios
 from vllm_lvspec.bench.results import Environment, Interval, StrictModel
-from vllm_lvspec.bench.run import prompt_writer, running_engine, turned
+from vllm_lvspec.bench.run import has_plugin, prompt_writer, running_engine, turned
 from vllm_lvspec.bench.samples import Sample, Video, videofacts
 from vllm_lvspec.bench.videofacts.scene import video_item
 from vllm_lvspec.config import MAX_SPECULATIVE_TOKENS, METHOD
@@ -373,7 +373,14 @@ def _measure(
 def _in_own_process(measure: Callable[..., Result], *arguments: Any) -> Result:
     """What vLLM keeps of an engine, on a GPU most of its memory, is gone when the next one starts."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measure, *arguments).result()
+        return pool.submit(_sent, measure, *arguments).result()
+
+
+def _sent(measure: Callable[..., Result], *arguments: Any) -> Result:
+    try:
+        return measure(*arguments)
+    except ValueError as error:  # pydantic's can't be sent to another process
+        raise BenchError(" ".join(str(error).split())) from None
 
 
 # What is measured ----------------------------------------------------------------------------------------------------
@@ -506,7 +513,7 @@ def _sized(sample: Sample, size: Size) -> Video:
 
 def _draft_seconds(llm: Any) -> float | None:
     """The drafter's over all prompts; None without one."""
-    if METHOD not in llm.llm_engine.vllm_config.additional_config:
+    if not has_plugin(llm):
         return None
     return llm.collective_rpc("lvspec_step_times")[0]["prefill_seconds"]
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from vllm_lvspec.bench.peers import DraftSettings, speculative_config
 from vllm_lvspec.bench.samples import Sample
-from vllm_lvspec.config import METHOD
 
 NUM_WARM_UP = 2  # first requests of an engine are slower; these are asked and forgotten
 _WARM_UP_TOKENS = 32
@@ -184,7 +183,7 @@ def run_policies(
                     relevance = [b - a for a, b in zip(then[1], now[1], strict=True)]
                     journal.add({"policy": policy, "times": times, "relevance": relevance})
             for policy, engine in engines.items() if with_profile else ():
-                profile = engine.profile(samples) if _has_plugin(engine.llm) else None
+                profile = engine.profile(samples) if has_plugin(engine.llm) else None
                 journal.add({"policy": policy, "profile": profile})
     results = {}
     for policy in policies:
@@ -278,20 +277,23 @@ def prompt_writer(llm: Any) -> Callable[[Sample], dict[str, Any]]:
     return write
 
 
-def _has_plugin(llm: Any) -> bool:
-    return METHOD in llm.llm_engine.vllm_config.additional_config
+def has_plugin(llm: Any) -> bool:
+    """Whether an engine has this package's drafter."""
+    from vllm_lvspec.engine.arguments import lvspec_settings
+
+    return lvspec_settings(llm.llm_engine.vllm_config) is not None
 
 
 def _counters(llm: Any) -> tuple[dict[str, float], list[int]] | None:
     """Step times and relevance since the engine's start, or None for an engine without the plugin."""
-    if not _has_plugin(llm):
+    if not has_plugin(llm):
         return None
     return llm.collective_rpc("lvspec_step_times")[0], llm.collective_rpc("lvspec_stats")[0]["relevance_counts"]
 
 
 def _with_reasons(llm: Any, answers: Sequence[Answer]) -> list[Answer]:
     """Of requests that have finished lately. vLLM's own names for them are longer by a dash and some letters."""
-    if not answers or not _has_plugin(llm):
+    if not answers or not has_plugin(llm):
         return list(answers)
     reasons: dict[str, dict[str, int]] = {}
     for name, counts in llm.collective_rpc("lvspec_reasons")[0].items():

@@ -13,13 +13,15 @@ import argparse
 import functools
 import json
 import logging
-from collections.abc import Callable
+from collections import UserDict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.utils.hashing import safe_hash
 
 from vllm_lvspec.config import METHOD, SELF, LVSpecConfig, LVSpecConfigError, names_lvspec
 from vllm_lvspec.draft.pairs import default_draft_model
@@ -31,6 +33,7 @@ PROPOSER = "vllm_lvspec.engine.proposer.LVSpecProposer"
 CPU_WORKER = "vllm_lvspec.engine.cpu.LVSpecCPUWorker"
 GPU_WORKER = "vllm_lvspec.engine.worker.LVSpecGPUWorker"
 SCHEDULER = "vllm_lvspec.engine.scheduler.LVSpecScheduler"
+IN_THE_TARGETS_GRAPH = ("anchor_source",)  # settings by which the target's forward gives other outputs
 SHORT_OPTIONS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
 
 
@@ -47,6 +50,26 @@ def teach_engine_args() -> None:
 def _is_no_false_warning(record: logging.LogRecord) -> bool:
     """vLLM warns that other schedulers cost asynchronous scheduling, which drafters of this kind never have."""
     return not (isinstance(record.args, tuple) and SCHEDULER in record.args)
+
+
+class AdditionalConfig(UserDict[str, Any]):
+    """`additional_config` of an engine with lvspec, by which vLLM decides whether it must compile the target anew.
+
+    Of a plain dictionary vLLM takes every entry into that decision, so that another drafter, policy or K would have the
+    same graph compiled again.
+    """
+
+    def compute_hash(self) -> str:
+        """Of the settings that change the target's graph, and of all that is not this package's."""
+        settings = {key: self.data[METHOD][key] for key in IN_THE_TARGETS_GRAPH}
+        factors = json.dumps({**self.data, METHOD: settings}, sort_keys=True)
+        return safe_hash(factors.encode(), usedforsecurity=False).hexdigest()
+
+
+def lvspec_settings(vllm_config: VllmConfig) -> dict[str, Any] | None:
+    """The settings that `create_engine_config` put into `vllm_config`; None for an engine without lvspec."""
+    more = vllm_config.additional_config
+    return more.get(METHOD) if isinstance(more, Mapping) else None
 
 
 def lvspec_config(vllm_config: VllmConfig) -> LVSpecConfig:
@@ -126,7 +149,9 @@ def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) ->
                 "model": PROPOSER,
                 "num_speculative_tokens": config.num_speculative_tokens,
             },
-            "additional_config": {**self.additional_config, METHOD: json.loads(config.model_dump_json())},
+            "additional_config": AdditionalConfig(
+                {**self.additional_config, METHOD: json.loads(config.model_dump_json())}
+            ),
             **dict.fromkeys(SHORT_OPTIONS),
             "logits_processors": [checker_name(config)],
             "worker_cls": CPU_WORKER if current_platform.is_cpu() else GPU_WORKER,

@@ -82,7 +82,7 @@ def examine(arguments: Sequence[str], console: Console) -> int:
     from vllm.usage.usage_lib import UsageContext
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from vllm_lvspec.engine.arguments import lvspec_config, teach_engine_args
+    from vllm_lvspec.engine.arguments import lvspec_config, lvspec_settings, teach_engine_args
 
     teach_engine_args()
     _print_device(console)
@@ -95,7 +95,7 @@ def examine(arguments: Sequence[str], console: Console) -> int:
         parsed.model = parsed.model_tag
     try:
         vllm_config = AsyncEngineArgs.from_cli_args(parsed).create_engine_config(UsageContext.OPENAI_API_SERVER)
-        if METHOD not in (vllm_config.additional_config or {}):
+        if lvspec_settings(vllm_config) is None:
             raise LVSpecConfigError(f"speculative_config={parsed.speculative_config!r}: must be {METHOD}, or name it")
         config = lvspec_config(vllm_config)
         fit = memory_fit(vllm_config, config)

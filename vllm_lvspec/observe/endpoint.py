@@ -17,6 +17,7 @@ from vllm.engine.protocol import EngineClient
 from vllm.tokenizers.detokenizer_utils import detokenize_incrementally
 
 from vllm_lvspec.config import METHOD
+from vllm_lvspec.engine.arguments import lvspec_settings
 
 router = APIRouter(prefix=f"/v1/{METHOD}", tags=[METHOD])
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -35,7 +36,8 @@ class LVSpecEndpoint:
         app.include_router(router)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        state.lvspec_engine = engine_client if engine_client is not None and _settings(engine_client) else None
+        has_lvspec = engine_client is not None and lvspec_settings(engine_client.vllm_config) is not None
+        state.lvspec_engine = engine_client if has_lvspec else None
 
 
 def _responses(**parts: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
@@ -44,11 +46,6 @@ def _responses(**parts: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
     schema = {"type": "object", "required": list(properties), "properties": properties}
     content = {"application/json": {"schema": schema}}
     return {HTTPStatus.OK.value: {"description": "found", "content": content}, **ERRORS}
-
-
-def _settings(engine: EngineClient) -> dict[str, Any] | None:
-    more = engine.vllm_config.additional_config
-    return more.get(METHOD) if isinstance(more, dict) else None
 
 
 def _error(message: str) -> JSONResponse:
@@ -68,7 +65,7 @@ async def stats(request: Request) -> JSONResponse:
     if engine is None:
         return _no_lvspec()
     ranks = await engine.collective_rpc("lvspec_stats")
-    return JSONResponse({"model": _model(engine), "settings": _settings(engine), "ranks": ranks})
+    return JSONResponse({"model": _model(engine), "settings": lvspec_settings(engine.vllm_config), "ranks": ranks})
 
 
 @router.get(  # clients may name requests as they like
@@ -80,7 +77,7 @@ async def trace(request: Request, request_id: str) -> JSONResponse:
     engine: EngineClient | None = request.app.state.lvspec_engine
     if engine is None:
         return _no_lvspec()
-    settings = _settings(engine)
+    settings = lvspec_settings(engine.vllm_config)
     if settings is None or not settings["trace"]:
         return _error('this server keeps no traces: set "trace" in --speculative-config to how many it may keep')
     choices = (await engine.collective_rpc("lvspec_trace", args=(request_id,)))[0]

@@ -18,6 +18,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase, StatLoggerManager
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from vllm_lvspec.config import MAX_SPECULATIVE_TOKENS, METHOD
+from vllm_lvspec.engine.arguments import lvspec_settings
 
 MILLIONTHS = 1e-6  # what is no whole number travels as a number of these
 
@@ -192,8 +193,7 @@ def record_engines_with_lvspec() -> None:
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        more = vllm_config.additional_config
-        if isinstance(more, dict) and METHOD in more:
+        if lvspec_settings(vllm_config) is not None:
             custom_stat_loggers = [*(custom_stat_loggers or []), LVSpecStatLogger]
         make(self, vllm_config, engine_idxs, custom_stat_loggers, *args, **kwargs)
 
