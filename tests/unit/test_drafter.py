@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from step_costs import FREE, LOADED, RANDOM_COSTS
 
-from vllm_lvspec.draft.drafter import DraftBatch, Drafted, Drafter, DraftRequest, VisualItem
+from vllm_lvspec.draft import drafter as drafting
+from vllm_lvspec.draft.batch import DraftBatch, upload
+from vllm_lvspec.draft.drafter import Drafted, Drafter, DraftRequest, VisualItem
 from vllm_lvspec.draft.length import DraftPlan, StepCosts
 from vllm_lvspec.draft.pages import PagePool
 from vllm_lvspec.draft.pruning import STRATEGIES, Strategy, VideoView, VisualGrid
@@ -65,7 +67,7 @@ class SlotModel:
     def copy(self, target_slots, slots):
         raise AssertionError("this model computes everything")
 
-    def forward(self, batch, logits_rows, with_probs=False):
+    def forward(self, batch, with_probs=False):
         self.batches.append(batch)
         self.asked_for_probs.append(with_probs)
         self.num_computed += len(batch.token_ids)
@@ -88,10 +90,8 @@ class SlotModel:
             value = next(values) if mask[i] else None
             self.slots[slot] = (int(batch.token_ids[i]), tuple(batch.positions[:, i].tolist()), value)
         tokens, probs = [], []
-        for row in logits_rows.tolist():
-            request = int((batch.query_starts[1:] <= row).sum())
-            length = int(batch.seq_lens[request]) - (int(batch.query_starts[request + 1]) - 1 - row)
-            entries = self.read(batch.block_table[request].tolist(), length)
+        for pages, length in zip(batch.block_table.tolist(), batch.seq_lens.tolist(), strict=True):
+            entries = self.read(pages, length)
             tokens.append(self.next_token(entries))
             probs.append(self.confidence(entries))
         return Drafted(torch.tensor(tokens), torch.tensor(probs) if with_probs else None)
@@ -146,6 +146,27 @@ class Target:
         assert places.dtype == np.int64
         blocks = np.array(self.blocks[req_id])
         return blocks[places // self.block_size] * self.block_size + places % self.block_size
+
+
+class Unread(torch.Tensor):
+    """What the host must not look at while there is more to launch."""
+
+    log: list[str]
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.cpu):
+            cls.log.append("read")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class AheadModel(SlotModel):
+    """On a device that the host is ahead of."""
+
+    def forward(self, batch, with_probs=False):
+        Unread.log.append("forward")
+        found = super().forward(replace(batch, token_ids=batch.token_ids.as_subclass(torch.Tensor)), with_probs)
+        return found._replace(token_ids=found.token_ids.as_subclass(Unread))
 
 
 class CopyingModel(SlotModel):
@@ -327,6 +348,27 @@ def run_history(data, copies: bool, adaptive: bool) -> None:
         drafter.release(name)
     assert model.pool.num_free == model.pool.num_pages
     assert not drafter.sequences
+
+
+@pytest.mark.parametrize("lengths", [(6, 6), (6, 3)])
+def test_nothing_waits_for_the_device_until_all_drafts_are_launched(monkeypatch, lengths):
+    def logged(arrays, device):
+        Unread.log.append("upload")
+        return upload(arrays, device)
+
+    monkeypatch.setattr(drafting, "upload", logged)
+    drafter = make_drafter(AheadModel())
+    drafter.sees_tokens = False
+    requests = [make_request(str(i), max_draft=length) for i, length in enumerate(lengths)]
+    for _ in range(2):
+        Unread.log = []
+        drafts = drafter.propose(requests, 6)
+        assert Unread.log == ["upload", "forward", "upload", *["forward"] * 5, "read"]
+        assert drafts == [oracle(r, length) for r, length in zip(requests, lengths, strict=True)]
+        requests = [
+            replace(extended(r, [*draft, 3], len(draft)), max_draft_tokens=length)
+            for r, draft, length in zip(requests, drafts, lengths, strict=True)
+        ]
 
 
 @settings(max_examples=80, deadline=None)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from vllm_lvspec.draft.batch import Clock, DraftBatch, take_rows, upload
 from vllm_lvspec.draft.embeddings import EmbeddingCache, KeptEmbeddings
 from vllm_lvspec.draft.length import (
     PROMPT_MARGIN,
@@ -83,30 +84,6 @@ class DraftRequest:
     target_slots: Callable[[np.ndarray], np.ndarray] | None = None
 
 
-@dataclass
-class DraftBatch:
-    """Inputs of one forward over `num_rows` requests.
-
-    `token_ids [num_tokens]` int64, `positions [dims, num_tokens]` int64, `slots [num_tokens]` int64, `query_starts
-    [num_rows + 1]` int32, `seq_lens [num_rows]` int32 (both also on the host), `block_table [num_rows, max_pages]`
-    int32. `visual_mask [num_tokens]` (bool, on the host) marks the tokens that `visual` (rows in order) replaces; None
-    where there is none.
-    """
-
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    query_starts: torch.Tensor
-    query_starts_cpu: torch.Tensor
-    seq_lens: torch.Tensor
-    seq_lens_cpu: torch.Tensor
-    block_table: torch.Tensor
-    max_query_len: int
-    max_seq_len: int
-    visual_mask: torch.Tensor | None = None
-    visual: list[torch.Tensor] = field(default_factory=list)
-
-
 class Drafted(NamedTuple):
     """Greedy next tokens `[num_rows]` int64; their probabilities `[num_rows]` float32 where these were asked for."""
 
@@ -139,12 +116,12 @@ class DraftModel(Protocol):
         """Visual embeddings `[num_embeddings, width]` of one item."""
         ...
 
-    def forward(self, batch: DraftBatch, logits_rows: torch.Tensor, with_probs: bool = False) -> Drafted:
-        """Write the batch into the cache; the next tokens after these rows."""
+    def forward(self, batch: DraftBatch, with_probs: bool = False) -> Drafted:
+        """Write the batch into the cache; the next token of each request."""
         ...
 
     def copy(self, target_slots: torch.Tensor, slots: torch.Tensor) -> None:
-        """Copy keys and values `[num_tokens]` (int64, on the host) from the target's cache into its own."""
+        """Copy keys and values from `target_slots [num_tokens]` (int64) of the target's cache to `slots` of its own."""
         ...
 
     def profile(self) -> None:
@@ -197,6 +174,7 @@ class Drafter:
         self.corrections = Corrections()
         self._most_lately = 0.0  # requests of a step
         self.refusal: Refusal | None = None  # to draft, while it stands
+        self.clock = Clock(model.device)
         self.prefill_seconds = 0.0
         # What drafts should take by `costs`, prompts apart: their first tokens, and all further ones; and what these
         # have taken.
@@ -517,7 +495,9 @@ class Drafter:
     def _draft(self, requests: list[DraftRequest], lengths: list[int], plan: DraftPlan | None) -> list[list[int]]:
         """Draft for prepared `requests`, sorted by falling `lengths`, as far as `plan` goes; else `lengths`."""
         sequences = [self.sequences[r.req_id] for r in requests]
+        started, begin = time.perf_counter(), self.clock.mark()
         first = self._catch_up(requests, plan is not None)
+        caught_up = self.clock.mark()
         drafted = [first]
         active = np.arange(len(requests))
         rows_of_requests = [active]
@@ -526,7 +506,6 @@ class Drafter:
         contexts = self._contexts(requests)[1]
         if costs is not None:
             self.foretold_first += costs.first * float(costs.of_draft(len(contexts), contexts.sum()))
-        started = time.perf_counter()
         for step in range(1, lengths[0]):
             ended = self._ended(requests, active, newest, plan is not None)
             going_on = active[[lengths[i] > step and not end for i, end in zip(active, ended, strict=True)]]
@@ -536,11 +515,11 @@ class Drafter:
             if not len(going_on):
                 break
             stays = np.searchsorted(active, going_on)
-            token_ids = _rows(newest.token_ids, stays)
+            token_ids = take_rows(newest.token_ids, stays)
             if batch is None:
                 batch = self._decode_batch([requests[i] for i in going_on], [sequences[i] for i in going_on], token_ids)
             else:
-                batch = _batch_rows(batch, stays)
+                batch = batch.rows(stays)
                 batch.token_ids = token_ids
                 batch.max_seq_len += 1
                 batch.seq_lens_cpu = batch.seq_lens_cpu + 1
@@ -548,7 +527,7 @@ class Drafter:
                     batch.positions, batch.seq_lens, batch.slots, batch.block_table, self.model.pool.page_size
                 )
             active = going_on
-            newest = self.model.forward(batch, batch.query_starts_cpu[1:] - 1, plan is not None)
+            newest = self.model.forward(batch, plan is not None)
             self.counts["forwards"] += 1
             if costs is not None:
                 self.foretold_further += float(costs.of_draft(len(active), contexts[active].sum()))
@@ -558,8 +537,8 @@ class Drafter:
             if plan is not None:
                 self._note_chances(requests, active, newest)
         drafts: list[list[int]] = [[] for _ in requests]
-        columns = pad_sequence([d.token_ids for d in drafted]).T.tolist()  # one copy to the host for all steps
-        self.further_seconds += time.perf_counter() - started
+        columns = _columns([d.token_ids for d in drafted]).tolist()  # one copy to the host for all steps
+        self.further_seconds += time.perf_counter() - started - self.clock.seconds(begin, caught_up)
         for row, members in zip(columns, rows_of_requests, strict=True):
             for token, i in zip(row, members, strict=False):
                 drafts[i].append(token)
@@ -600,8 +579,7 @@ class Drafter:
         is_prefill = any(s.num_cached < len(s.kept) - 1 for s in sequences)
         if self.model.copies:
             self._copy(requests, sequences)
-        first = torch.empty(len(requests), dtype=torch.int64, device=self.model.device)
-        probs = torch.empty(len(requests), dtype=torch.float32, device=self.model.device) if with_probs else None
+        first: Drafted | None = None
         waiting = list(range(len(requests)))
         while waiting:
             budget = self.model.max_batch_tokens
@@ -614,7 +592,7 @@ class Drafter:
                     parts.append((i, begin, end))
                     budget -= end - begin
             batch = self._ragged_batch(requests, self._evened(requests, parts))
-            found = self.model.forward(batch, batch.query_starts_cpu[1:] - 1, with_probs)
+            found = self.model.forward(batch, with_probs)
             self.counts["forwards"] += 1
             waiting = [i for i in waiting if i not in {part[0] for part in parts}]
             done: list[tuple[int, int]] = []  # row of the batch, request
@@ -628,14 +606,21 @@ class Drafter:
                     done.append((row, i))
                 else:
                     waiting.append(i)
-            if done:
-                rows, targets = (torch.tensor(x, device=self.model.device) for x in zip(*done, strict=True))
-                first[targets] = found.token_ids[rows]
-                if probs is not None and found.probs is not None:
-                    probs[targets] = found.probs[rows]
+            if [i for _, i in done] == [*range(len(requests))]:  # nearly always, and then in their own rows
+                first = found
+            elif done:
+                if first is None:
+                    probs = None if found.probs is None else found.probs.new_empty(len(requests))
+                    first = Drafted(found.token_ids.new_empty(len(requests)), probs)
+                rows, targets = upload(list(np.array(done).T), self.model.device)
+                first.token_ids[targets] = found.token_ids[rows]
+                if first.probs is not None and found.probs is not None:
+                    first.probs[targets] = found.probs[rows]
         if is_prefill:
+            self.clock.wait()
             self.prefill_seconds += time.perf_counter() - started
-        return Drafted(first, probs)
+        assert first is not None
+        return first
 
     def _evened(self, requests: list[DraftRequest], parts: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
         """`parts` with as many tokens each, where these are read at once: cached ones of the answer are read again."""
@@ -663,7 +648,7 @@ class Drafter:
             slots.append(self._slots(sequence, entries))
             sequence.num_cached = end
         if sources:
-            self.model.copy(torch.from_numpy(np.concatenate(sources)), torch.from_numpy(np.concatenate(slots)))
+            self.model.copy(*upload([np.concatenate(sources), np.concatenate(slots)], self.model.device))
 
     def _ragged_batch(self, requests: list[DraftRequest], parts: list[tuple[int, int, int]]) -> DraftBatch:
         token_ids, positions, slots, masks, visual = [], [], [], [], []
@@ -686,76 +671,69 @@ class Drafter:
                     visual.append(prompt.visual[before : before + count])
             masks.append(mask)
         lens = [end - begin for _, begin, end in parts]
-        starts = torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32)
-        ends = [end for _, _, end in parts]
-        device = self.model.device
-        return DraftBatch(
-            token_ids=torch.from_numpy(np.concatenate(token_ids).astype(np.int64)).to(device),
-            positions=torch.from_numpy(np.concatenate(positions, axis=1).astype(np.int64)).to(device),
-            slots=torch.from_numpy(np.concatenate(slots)).to(device),
-            query_starts=starts.to(device),
-            query_starts_cpu=starts,
-            seq_lens=torch.tensor(ends, dtype=torch.int32, device=device),
-            seq_lens_cpu=torch.tensor(ends, dtype=torch.int32),
-            block_table=self._block_table(sequences),
-            max_query_len=max(lens),
-            max_seq_len=max(ends),
-            visual_mask=torch.from_numpy(np.concatenate(masks)) if visual else None,
-            visual=visual,
+        batch = self._batch(
+            np.concatenate(positions, axis=1).astype(np.int64),
+            np.concatenate(slots),
+            lens,
+            [end for _, _, end in parts],
+            sequences,
+            np.concatenate(token_ids).astype(np.int64),
         )
+        if visual:
+            batch.visual_mask, batch.visual = torch.from_numpy(np.concatenate(masks)), visual
+        return batch
 
     def _decode_batch(
         self, requests: list[DraftRequest], sequences: list[DraftSequence], tokens: torch.Tensor
     ) -> DraftBatch:
         """One drafted token per request, right after what is cached."""
-        device, count = self.model.device, len(sequences)
-        places = [len(r.token_ids) + self._prompts[r.req_id].delta for r in requests]
+        places = np.array([len(r.token_ids) + self._prompts[r.req_id].delta for r in requests], dtype=np.int64)
         dims = len(self._prompts[requests[0].req_id].positions)
-        starts = torch.arange(count + 1, dtype=torch.int32)
-        lens = [s.num_cached + 1 for s in sequences]
-        slots = [int(self._slots(s, np.array([s.num_cached]))[0]) for s in sequences]
+        slots = np.concatenate([self._slots(s, np.array([s.num_cached])) for s in sequences])
+        ends = [s.num_cached + 1 for s in sequences]
+        return self._batch(np.tile(places, (dims, 1)), slots, [1] * len(sequences), ends, sequences, tokens)
+
+    def _batch(
+        self,
+        positions: np.ndarray,
+        slots: np.ndarray,
+        lens: Sequence[int],
+        ends: Sequence[int],
+        sequences: Sequence[DraftSequence],
+        tokens: np.ndarray | torch.Tensor,
+    ) -> DraftBatch:
+        """`lens` tokens of each of `sequences`, with which there are `ends` in its cache."""
+        starts, seq_lens = np.cumsum([0, *lens], dtype=np.int32), np.array(ends, dtype=np.int32)
+        arrays = [positions, slots, starts, seq_lens, self._block_table(sequences)]
+        if isinstance(tokens, np.ndarray):
+            arrays.append(tokens)
+        there = upload(arrays, self.model.device)
         return DraftBatch(
-            token_ids=tokens,
-            positions=torch.tensor(places, device=device).repeat(dims, 1),
-            slots=torch.tensor(slots, device=device),
-            query_starts=starts.to(device),
-            query_starts_cpu=starts,
-            seq_lens=torch.tensor(lens, dtype=torch.int32, device=device),
-            seq_lens_cpu=torch.tensor(lens, dtype=torch.int32),
-            block_table=self._block_table(sequences),
-            max_query_len=1,
-            max_seq_len=max(lens),
+            token_ids=there[-1] if isinstance(tokens, np.ndarray) else tokens,
+            positions=there[0],
+            slots=there[1],
+            query_starts=there[2],
+            query_starts_cpu=torch.from_numpy(starts),
+            seq_lens=there[3],
+            seq_lens_cpu=torch.from_numpy(seq_lens),
+            block_table=there[4],
+            max_query_len=max(lens),
+            max_seq_len=max(ends),
         )
 
     def _slots(self, sequence: DraftSequence, entries: np.ndarray) -> np.ndarray:
         page_size = self.model.pool.page_size
         return np.asarray(sequence.pages, dtype=np.int64)[entries // page_size] * page_size + entries % page_size
 
-    def _block_table(self, sequences: list[DraftSequence]) -> torch.Tensor:
+    def _block_table(self, sequences: Sequence[DraftSequence]) -> np.ndarray:
         table = np.zeros((len(sequences), max(len(s.pages) for s in sequences)), dtype=np.int32)
         for row, sequence in enumerate(sequences):
             table[row, : len(sequence.pages)] = sequence.pages
-        return torch.from_numpy(table).to(self.model.device)
+        return table
 
 
-def _rows(values: torch.Tensor, rows: np.ndarray, dim: int = 0) -> torch.Tensor:
-    """`rows` (ascending) of `values`; a view where they are the first ones."""
-    if rows[-1] == len(rows) - 1:
-        return values.narrow(dim, 0, len(rows))
-    return values.index_select(dim, torch.from_numpy(rows).to(values.device))
-
-
-def _batch_rows(batch: DraftBatch, rows: np.ndarray) -> DraftBatch:
-    """Requests `rows` (ascending) of a batch with one token each."""
-    return DraftBatch(
-        token_ids=_rows(batch.token_ids, rows),
-        positions=_rows(batch.positions, rows, dim=1),
-        slots=_rows(batch.slots, rows),
-        query_starts=batch.query_starts[: len(rows) + 1],
-        query_starts_cpu=batch.query_starts_cpu[: len(rows) + 1],
-        seq_lens=_rows(batch.seq_lens, rows),
-        seq_lens_cpu=_rows(batch.seq_lens_cpu, rows),
-        block_table=_rows(batch.block_table, rows),
-        max_query_len=1,
-        max_seq_len=batch.max_seq_len,
-    )
+def _columns(tokens: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Drafted tokens `[num_tokens, num_requests]`, of which later rows may have fewer."""
+    if len(tokens[-1]) == len(tokens[0]):
+        return torch.stack(list(tokens))
+    return pad_sequence(list(tokens)).T

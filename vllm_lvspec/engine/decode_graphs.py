@@ -26,7 +26,7 @@ from vllm.utils.gc_utils import freeze_gc_for_cudagraph_capture
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_lvspec.draft.drafter import DraftBatch
+from vllm_lvspec.draft.batch import DraftBatch
 
 if TYPE_CHECKING:
     from vllm_lvspec.engine.draft_model import VLLMDraftModel

@@ -31,7 +31,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 from vllm.v1.worker.utils import AttentionGroup, allocate_kv_cache, bind_kv_cache_to_layers, prepare_kernel_block_sizes
 
 from vllm_lvspec.config import LVSpecConfig, LVSpecConfigError
-from vllm_lvspec.draft.drafter import DraftBatch, Drafted
+from vllm_lvspec.draft.batch import DraftBatch
+from vllm_lvspec.draft.drafter import Drafted
 from vllm_lvspec.draft.pages import PagePool
 from vllm_lvspec.engine.compatibility import draft_model_config, draft_vllm_config, unfit_quantization
 from vllm_lvspec.engine.decode_graphs import (
@@ -167,12 +168,12 @@ class VLLMDraftModel:
         # vLLM's LLaVA-OneVision may give a video a leading dimension of one.
         return embeddings.flatten(0, -2)
 
-    def forward(self, batch: DraftBatch, logits_rows: torch.Tensor, with_probs: bool = False) -> Drafted:
+    def forward(self, batch: DraftBatch, with_probs: bool = False) -> Drafted:
         hidden = None if self.graphs is None else self.graphs.hidden(batch)
         if hidden is None:
             hidden = self.run(batch, self.metadata(batch))
-        if batch.max_query_len > 1 or len(logits_rows) < len(hidden):
-            hidden = hidden[logits_rows.to(self.device, torch.long)]
+        if batch.max_query_len > 1:
+            hidden = hidden[(batch.query_starts[1:] - 1).long()]
         logits = self.model.compute_logits(hidden)[:, : self.shared_vocab_size]
         best, token_ids = logits.max(dim=-1)
         if not with_probs:
@@ -245,7 +246,7 @@ class VLLMDraftModel:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         started = time.perf_counter()
-        self.forward(batch, batch.query_starts_cpu[1:] - 1, with_probs=True).token_ids.tolist()
+        self.forward(batch, with_probs=True).token_ids.tolist()
         return time.perf_counter() - started
 
     def decode_batch(self, num_rows: int, context: int, tokens: int = 1) -> DraftBatch:
@@ -292,7 +293,7 @@ class VLLMDraftModel:
             max_query_len=row_tokens,
             max_seq_len=row_tokens,
         )
-        self.forward(batch, starts[1:] - 1)
+        self.forward(batch)
         # Compiles the kernel here and not under the first request; the last entry's page is at hand.
         last, slots = batch.seq_lens - 1, torch.zeros_like(batch.seq_lens, dtype=torch.int64)
         advance_decode(batch.positions[:, :rows].contiguous(), last, slots, batch.block_table, self.pool.page_size)
@@ -340,12 +341,12 @@ class SelfDraftModel(VLLMDraftModel):
         known = self._encoder_cache.get(payload.identifier)
         return super().encode(payload) if known is None else known.flatten(0, -2).clone()
 
-    def forward(self, batch: DraftBatch, logits_rows: torch.Tensor, with_probs: bool = False) -> Drafted:
+    def forward(self, batch: DraftBatch, with_probs: bool = False) -> Drafted:
         target_caches = {name: layer.kv_cache for name, layer in self._layers.items()}
         try:
             for name, layer in self._layers.items():
                 layer.bind_kv_cache(self.caches[name])
-            return super().forward(batch, logits_rows, with_probs)
+            return super().forward(batch, with_probs)
         finally:
             for name, cache in target_caches.items():
                 self._layers[name].kv_cache = cache
@@ -353,7 +354,7 @@ class SelfDraftModel(VLLMDraftModel):
     def copy(self, target_slots: torch.Tensor, slots: torch.Tensor) -> None:
         sources = [layer.kv_cache for layer in self._layers.values()]
         destinations = [self.caches[name] for name in self._layers]
-        self.layout.copy(sources, destinations, target_slots.to(self.device), slots.to(self.device))
+        self.layout.copy(sources, destinations, target_slots, slots)
 
 
 def _least_of_ranks(value: int) -> int:
