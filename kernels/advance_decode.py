@@ -13,7 +13,8 @@ import triton.language as tl
 from . import _package  # noqa: F401
 
 
-@triton.jit
+# Strides and sizes change with the batch, and are not worth another compilation.
+@triton.jit(do_not_specialize=["positions_stride", "block_table_stride", "num_rows", "num_dims"])
 def _advance_decode_kernel(
     positions_ptr,
     positions_stride,

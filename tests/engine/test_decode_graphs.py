@@ -11,12 +11,21 @@ from vllm import SamplingParams
 from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+from vllm.v1.worker import workspace
+from vllm.v1.worker.workspace import current_workspace_manager, init_workspace_manager, lock_workspace
 from workload import QWEN
 
 from vllm_lvspec.bench.run import prompt_writer
 from vllm_lvspec.bench.samples import videofacts
 from vllm_lvspec.engine import decode_graphs
-from vllm_lvspec.engine.decode_graphs import SIZES, DecodeGraphs, forget_graphs, has_graphs, prepare_for_graphs
+from vllm_lvspec.engine.decode_graphs import (
+    SIZES,
+    DecodeGraphs,
+    forget_graphs,
+    has_graphs,
+    prepare_for_graphs,
+    unlocked_workspace,
+)
 
 
 class Replays(DecodeGraphs):
@@ -78,6 +87,31 @@ def test_padded_replays_draft_what_forwards_draft(model, engines, monkeypatch):
     assert want[1] > 0.3 * want[2] > 50
     # Eight requests at once have none, three and two are padded; a draft that was accepted whole leaves two tokens.
     assert set(graphs.num_rows) == {(1, 1), (4, 1), (6, 1), (1, 2), (4, 2), (6, 2)}
+
+
+def test_what_kernels_share_may_grow_while_graphs_are_recorded_and_not_behind_it(monkeypatch):
+    monkeypatch.setattr(workspace, "_manager", None)
+    with unlocked_workspace():  # on CPUs there is none
+        pass
+    init_workspace_manager(torch.device("cpu"))
+    manager = current_workspace_manager()
+    with unlocked_workspace():
+        pass
+    assert not manager.is_locked()
+    lock_workspace()
+    with unlocked_workspace():
+        assert manager.get_persistent_resource("of a new stream", lambda: 1) == 1
+    with pytest.raises(AssertionError, match="locked"):
+        manager.get_persistent_resource("of another stream", lambda: 1)
+
+
+def test_requests_to_measure_with_have_pages_of_their_own(model):
+    size = model.pool.page_size
+    batch = model.decode_batch(3, 2 * size, 2)
+    assert batch.block_table.shape == (3, 3) and len(batch.block_table.unique()) == 9
+    assert (batch.slots.view(3, 2) // size == batch.block_table[:, 2:]).all()
+    many = model.decode_batch(2, size * model.pool.num_pages)
+    assert many.block_table.max() < model.pool.num_pages
 
 
 def test_batches_that_no_graph_is_for_are_run(model):

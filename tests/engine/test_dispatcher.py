@@ -157,6 +157,18 @@ def test_what_steps_cost_is_measured_over_batches_that_have_graphs(max_num_seqs,
             assert graph_of(runner, [each] * num_requests)[0] == CUDAGraphMode.FULL
 
 
+def test_requests_to_measure_with_read_blocks_of_their_own():
+    runner = ours()
+    table = np.zeros((8, 5), dtype=np.int32)
+    buffer = SimpleNamespace(block_table=SimpleNamespace(np=table))
+    runner.input_batch.block_table = SimpleNamespace(block_tables=[buffer])
+    runner.kv_cache_config = SimpleNamespace(num_blocks=12)
+    with runner._blocks_apart(3):
+        assert table[:2].flatten().tolist() == list(range(10)) and table.max() == 11
+        assert not table[3:].any()
+    assert not table.any()
+
+
 def test_sizes_are_bounded_by_requests_and_by_what_the_user_wants_recorded():
     for most, max_num_seqs, largest in ((88, 8, 8), (22, 64, 22), (22, 3, 3), (5632, 512, SIZES[-1])):
         descs = dict(ours(most=most, max_num_seqs=max_num_seqs).cudagraph_dispatcher.get_capture_descs())

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from step_costs import FREE, LOADED, RANDOM_COSTS
 
+from vllm_lvspec.device import upload
 from vllm_lvspec.draft import drafter as drafting
-from vllm_lvspec.draft.batch import DraftBatch, upload
+from vllm_lvspec.draft.batch import DraftBatch
 from vllm_lvspec.draft.drafter import Drafted, Drafter, DraftRequest, VisualItem
 from vllm_lvspec.draft.length import DraftPlan, StepCosts
 from vllm_lvspec.draft.pages import PagePool

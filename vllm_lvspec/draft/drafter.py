@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from vllm_lvspec.draft.batch import Clock, DraftBatch, take_rows, upload
+from vllm_lvspec.device import Clock, upload
+from vllm_lvspec.draft.batch import DraftBatch, take_rows
 from vllm_lvspec.draft.embeddings import EmbeddingCache, KeptEmbeddings
 from vllm_lvspec.draft.length import (
     PROMPT_MARGIN,

@@ -23,6 +23,11 @@ class LVSpecCPUWorker(LVSpecWorker, CPUWorker):
         # vLLM builds its runner inside `init_device`; nothing has been loaded into it yet.
         self.model_runner = LVSpecCPUModelRunner(self.vllm_config, torch.device("cpu"))
 
+    def compile_or_warm_up_model(self) -> Any:
+        result = super().compile_or_warm_up_model()
+        self._warm_up()
+        return result
+
 
 class LVSpecCPUModelRunner(LVSpecGPUModelRunner, CPUModelRunner):
     """V1 runner for CPUs."""

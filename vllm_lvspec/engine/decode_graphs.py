@@ -25,6 +25,12 @@ from vllm.platforms import current_platform
 from vllm.utils.gc_utils import freeze_gc_for_cudagraph_capture
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport
 from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.worker.workspace import (
+    current_workspace_manager,
+    is_workspace_manager_initialized,
+    lock_workspace,
+    unlock_workspace,
+)
 
 from vllm_lvspec.draft.batch import DraftBatch
 
@@ -71,6 +77,20 @@ def forget_graphs(draft: VllmConfig) -> None:
     draft.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     draft.compilation_config.cudagraph_capture_sizes = []
     draft.compilation_config.max_cudagraph_capture_size = 0
+
+
+@contextmanager
+def unlocked_workspace() -> Iterator[None]:
+    """vLLM locks what kernels share once it has recorded its own graphs; some, like Marlin's, want a part for each
+    stream, and the one on which these are recorded is new."""
+    if not is_workspace_manager_initialized() or not current_workspace_manager().is_locked():
+        yield
+        return
+    unlock_workspace()
+    try:
+        yield
+    finally:
+        lock_workspace()
 
 
 class DecodeGraphs:
@@ -145,7 +165,7 @@ class DecodeGraphs:
     @contextmanager
     def _recording(self) -> Iterator[None]:
         self._pool = current_platform.graph_pool_handle()
-        with freeze_gc_for_cudagraph_capture(), graph_capture(device=self._model.device):
+        with freeze_gc_for_cudagraph_capture(), unlocked_workspace(), graph_capture(device=self._model.device):
             yield
 
     @contextmanager

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.forward_context import set_forward_context
+from vllm.ir import enable_torch_wrap
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader import get_model
@@ -73,9 +74,8 @@ class VLLMDraftModel:
         model_config = draft_model_config(vllm_config.model_config, config)
         self._prepare(draft_vllm_config(vllm_config, model_config), vllm_config.model_config, device)
         self._wants_graphs = has_graphs(vllm_config, device)
-        own = self.vllm_config.kernel_config.ir_op_priority
-        if own != vllm_config.kernel_config.ir_op_priority:
-            self._kernels = own.set_priority
+        if self.vllm_config.kernel_config.ir_op_priority != vllm_config.kernel_config.ir_op_priority:
+            self._kernels = self._own_kernels
         try:
             self.model = get_model(vllm_config=self.vllm_config)
         except (NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
@@ -96,6 +96,12 @@ class VLLMDraftModel:
         self.vocab_size = model_config.get_vocab_size()
         self.shared_vocab_size = min(target.get_vocab_size(), self.vocab_size)
         self._pin_memory = device.type == "cuda"
+
+    @contextmanager
+    def _own_kernels(self) -> Iterator[None]:
+        wrapped = self.vllm_config.compilation_config.ir_enable_torch_wrap
+        with self.vllm_config.kernel_config.ir_op_priority.set_priority(), enable_torch_wrap(wrapped):
+            yield
 
     @property
     def num_weight_bytes(self) -> int:
@@ -237,6 +243,9 @@ class VLLMDraftModel:
         forget_graphs(self.vllm_config)
         self.group.create_metadata_builders(self.vllm_config, self.device, kernel_block_size=self.pool.page_size)
 
+    def warm_up(self) -> None:
+        """Compile what only requests run."""
+
     def copy(self, target_slots: torch.Tensor, slots: torch.Tensor) -> None:
         raise NotImplementedError("another model's keys and values mean nothing to this one")
 
@@ -253,7 +262,8 @@ class VLLMDraftModel:
         """`num_rows` requests of `context` tokens with `tokens` more: a batch to measure with, of no meaning."""
         places = torch.arange(context, context + tokens)
         pages = -(-(context + tokens) // self.pool.page_size)
-        table = torch.arange(pages, dtype=torch.int32).clamp(max=self.pool.num_pages - 1).repeat(num_rows, 1)
+        # Pages of each one's own, as far as there are: those that all read would come from the device's caches.
+        table = torch.arange(num_rows * pages, dtype=torch.int32).view(num_rows, pages) % self.pool.num_pages
         slots = table[:, places // self.pool.page_size].long() * self.pool.page_size + places % self.pool.page_size
         starts = torch.arange(num_rows + 1, dtype=torch.int32) * tokens
         lens = torch.full((num_rows,), context + tokens, dtype=torch.int32)
@@ -350,6 +360,11 @@ class SelfDraftModel(VLLMDraftModel):
         finally:
             for name, cache in target_caches.items():
                 self._layers[name].kv_cache = cache
+
+    def warm_up(self) -> None:
+        if self.copies and self.device.type == "cuda":
+            nowhere = torch.full((1,), -1, dtype=torch.int64, device=self.device)
+            self.copy(nowhere, nowhere)
 
     def copy(self, target_slots: torch.Tensor, slots: torch.Tensor) -> None:
         sources = [layer.kv_cache for layer in self._layers.values()]

@@ -124,6 +124,13 @@ class LVSpecProposer:
         assert self.drafter is not None
         self.drafter.model.profile()
 
+    def warm_up(self) -> None:
+        """Compile what only requests run, so that none waits for that."""
+        assert self.drafter is not None
+        model = self.drafter.model
+        assert isinstance(model, VLLMDraftModel)
+        model.warm_up()
+
     def record_graphs(self) -> int:
         """Have the drafter's decode steps launched as CUDA graphs, where that can be; bytes that these take."""
         assert self.drafter is not None

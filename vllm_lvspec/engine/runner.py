@@ -21,6 +21,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_lvspec.device import upload
 from vllm_lvspec.engine.counts import counts_of
 from vllm_lvspec.engine.dispatcher import DecodeDispatcher, is_single
 from vllm_lvspec.engine.proposer import LVSpecProposer
@@ -119,7 +120,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             )
         if cu_num_scheduled_tokens[-1] == num_requests:  # one token of each
             return self._undrafted
-        logits_indices = torch.from_numpy(cu_num_scheduled_tokens - 1).to(self.device, non_blocking=True)
+        (logits_indices,) = upload([cu_num_scheduled_tokens - 1], self.device)
         return replace(self._undrafted, logits_indices=logits_indices)
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
@@ -260,6 +261,12 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         used = super().capture_model()
         return used + self.drafter.record_graphs()
 
+    def warm_up(self) -> None:
+        """Compile what vLLM's own warm-up does not run."""
+        self.verification.warm_up()
+        self.scores.warm_up()
+        self.drafter.warm_up()
+
     def measure_costs(self) -> None:
         """Time forwards of target and drafter, so that the drafter knows what another token costs."""
         if self.drafter.config.draft_length == "adaptive" or self.drafter.config.only_if_faster:
@@ -273,13 +280,25 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         budget = self.scheduler_config.max_num_batched_tokens
         return sorted((batch for batch in batches if math.prod(batch) <= budget), key=math.prod)
 
+    @contextmanager
+    def _blocks_apart(self, num_requests: int) -> Iterator[None]:
+        """Dummy requests that read blocks of their own: one that all read would come from the device's caches."""
+        tables = [table.block_table.np[:num_requests] for table in self.input_batch.block_table.block_tables]
+        for table in tables:
+            table[:] = np.arange(table.size).reshape(table.shape) % self.kv_cache_config.num_blocks
+        try:
+            yield
+        finally:
+            for table in tables:
+                table[:] = 0
+
     def _target_seconds(self, num_requests: int, rows_each: int, context: int) -> float:
         self._sync_device()
         num_rows = num_requests * rows_each
         started = time.perf_counter()
         self._is_measuring = True
         try:
-            with self._decodes_of(rows_each):
+            with self._decodes_of(rows_each), self._blocks_apart(num_requests):
                 hidden, _ = self._dummy_run(
                     num_rows,
                     force_attention=True,

@@ -107,6 +107,19 @@ class PromptScores:
             impl.forward = functools.partial(self._attend, impl)
         return None
 
+    def warm_up(self) -> None:
+        """Compile the kernels that look at attention, so that no prompt waits for that."""
+        if self.looks_at != "attention" or self._layout is None or self.runner.device.type != "cuda":
+            return
+        config = self.runner.vllm_config
+        layer = config.compilation_config.static_forward_context[self._layers[0]]
+        heads, size, dtype = layer.num_heads, layer.head_size, config.model_config.dtype
+        nothing = torch.zeros(MAX_QUERIES, dtype=torch.int32, device=self.runner.device)
+        for num_queries in (1, MAX_QUERIES):  # in tiles of other sizes
+            queries = torch.zeros((num_queries, heads, size), dtype=dtype, device=self.runner.device)
+            keys = layer.kv_cache[..., :size]
+            attention_mass(queries, nothing[:num_queries], keys, nothing[:1], nothing[:1], layer.impl.scale)
+
     # A step -------------------------------------------------------------------------------------------------------
 
     def begin_step(self, scheduler_output: Any) -> None:

@@ -25,12 +25,13 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from vllm_lvspec.config import LVSpecConfigError
+from vllm_lvspec.device import upload
 from vllm_lvspec.draft.pruning import STRATEGIES
 from vllm_lvspec.engine.arguments import lvspec_config
 from vllm_lvspec.engine.proposer import embedded_rows
 from vllm_lvspec.engine.requests import RequestError, end_ids, request_rules
 from vllm_lvspec.engine.trace import RequestTrace, Traces, described
-from vllm_lvspec.kernels.acceptance import END, EXACT, LOOSE, SHIFT, TARGET, Accepted
+from vllm_lvspec.kernels.acceptance import END, EXACT, LOOSE, SHIFT, TARGET
 from vllm_lvspec.kernels.relevance import VisualPages
 from vllm_lvspec.verify.features import FeatureCache, Layout, Projection, num_shares, tag_of
 from vllm_lvspec.verify.guards import guard_words, token_kinds
@@ -124,7 +125,7 @@ class Verification:
         self._values: torch.Tensor | None = None  # of vLLM's cache, where these are compared
         # Of the last batch: its requests, where their visual tokens stand, where each request's begin.
         self._visual: tuple[tuple, torch.Tensor, torch.Tensor] | None = None
-        self._accepted: Accepted | None = None
+        self._reasons: torch.Tensor | None = None  # of the step's tokens, on the host
         self.traces: Traces | None = None
         self._rules: Sequence[RequestRules] = ()  # by which the batch's drafts are verified
         self._num_drafted: Sequence[int] = ()  # of the batch's requests; nothing where nobody has a draft
@@ -272,7 +273,7 @@ class Verification:
     @_timed
     def begin_step(self, scheduler_output: Any, hidden: torch.Tensor, inner: list[torch.Tensor] | None) -> None:
         """Store the features of the visual tokens that this step has computed."""
-        self._accepted = None
+        self._reasons = None
         self._num_drafted = ()
         self._states = None
         if self.traces is not None:
@@ -467,7 +468,7 @@ class Verification:
         if self._visual is None or self._visual[0] != key:
             nothing = torch.zeros(0, dtype=torch.int32, device=stored.device)
             own = [self._requests[req_id].own if req_id else nothing for req_id in key]
-            starts = torch.tensor([0, *np.cumsum([len(x) for x in own])], dtype=torch.int32).to(stored.device)
+            (starts,) = upload([np.cumsum([0, *map(len, own)], dtype=np.int32)], stored.device)
             self._visual = key, torch.cat(own), starts
         _, positions, starts = self._visual
         table = self.runner.input_batch.block_table[0].get_device_tensor(len(req_ids))
@@ -479,18 +480,20 @@ class Verification:
         relevance = None
         if batch.queries is not None and batch.pages is not None:
             relevance = self.verifier.relevance(batch.queries, choices.starts, batch.pages, max_drafted)
-        self._accepted = self.verifier.verify(choices, batch.rules, max_drafted, relevance)
+        accepted = self.verifier.verify(choices, batch.rules, max_drafted, relevance)
+        # There with the tokens, for which vLLM waits.
+        self._reasons = accepted.reasons.to("cpu", non_blocking=True)
         if self.traces is not None:
             own = [self._own(req_id) for req_id in self.runner.input_batch.req_ids]
             self.traces.note_choices(choices, relevance, batch.queries, batch.pages, own, self.verifier.gather)
-        return self._accepted.token_ids
+        return accepted.token_ids
 
     # Counting -----------------------------------------------------------------------------------------------------
 
     @_timed
     def count(self, emitted: Sequence[list[int]]) -> None:
         """Count the reasons of a step's tokens, but for those that the scheduler cuts off at an end or a length."""
-        reasons = None if self._accepted is None else self._accepted.reasons.cpu().numpy()
+        reasons = None if self._reasons is None else self._reasons.numpy()
         for i, (num_drafted, tokens) in enumerate(zip(self._num_drafted, emitted, strict=False)):
             if num_drafted and tokens:
                 is_last_own = reasons is None or reasons[i, len(tokens) - 1] == TARGET

@@ -27,11 +27,11 @@ class LVSpecWorker(Worker):
         available = super().determine_available_memory()
         return available if is_fixed else int(available * (1 - self._share_of_features()))
 
-    def compile_or_warm_up_model(self) -> Any:
-        result = super().compile_or_warm_up_model()
-        self.model_runner.verification.warm_up()
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Compile the kernels that vLLM does not know of, and measure what steps cost."""
+        self.model_runner.warm_up()
         self.model_runner.measure_costs()
-        return result
 
     def _share_of_features(self) -> float:
         return self.model_runner.verification.share_of_memory(self.get_kv_cache_spec())
@@ -73,6 +73,11 @@ class LVSpecWorker(Worker):
 class LVSpecGPUWorker(LVSpecWorker):
     def _make_model_runner(self) -> LVSpecGPUModelRunner:
         return LVSpecGPUModelRunner(self.vllm_config, self.device)
+
+    def _maybe_activate_jit_monitor(self) -> None:
+        # From here on vLLM takes what is compiled for an accident, and may be told not to bear with any.
+        self._warm_up()
+        super()._maybe_activate_jit_monitor()
 
     def determine_available_memory(self) -> int:
         if not self.cache_config.kv_cache_memory_bytes:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from vllm_lvspec.config import LVSpecConfig
+from vllm_lvspec.device import upload
 from vllm_lvspec.kernels.acceptance import SPECIAL, Rules
 from vllm_lvspec.verify.guards import KINDS
 from vllm_lvspec.verify.policies import POLICIES
@@ -44,7 +46,6 @@ def batch_rules(requests: Sequence[RequestRules], config: LVSpecConfig, kinds: t
 
     Nobody shifts, and nothing is loose, where a request is strict or its relaxation is 0.
     """
-    device = kinds.device
     guards = SPECIAL
     for name in config.guards:
         guards |= KINDS[name]
@@ -56,25 +57,15 @@ def batch_rules(requests: Sequence[RequestRules], config: LVSpecConfig, kinds: t
     ]
     threshold = float("inf") if config.anchor_threshold is None else config.anchor_threshold
 
-    def each(values: Sequence, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
-    return Rules(
-        num_fillers=each(fillers, torch.int32),
-        thresholds=each([threshold if p.uses_relevance else float("inf") for p in policies], torch.float32),
-        probability_floors=each([config.probability_floor * p.is_guarded for p in policies], torch.float32),
-        windows=each(
-            [
-                config.shift_window if p.has_relaxation and not r.is_strict else 0
-                for r, p in zip(requests, policies, strict=True)
-            ],
-            torch.int32,
-        ),
-        guards=each([guards if p.is_guarded else SPECIAL for p in policies], torch.int32),
-        stop_ids=each([[*r.stop_ids, *[-1] * (num_stops - len(r.stop_ids))] for r in requests], torch.int32).view(
-            len(requests), num_stops
-        ),
-        kinds=kinds,
-        ends=each([r.ends for r in requests], torch.bool),
-        back_only=config.shift_direction == "back",
-    )
+    may_shift = [p.has_relaxation and not r.is_strict for r, p in zip(requests, policies, strict=True)]
+    columns = {
+        "num_fillers": np.array(fillers, np.int32),
+        "thresholds": np.array([threshold if p.uses_relevance else np.inf for p in policies], np.float32),
+        "probability_floors": np.array([config.probability_floor * p.is_guarded for p in policies], np.float32),
+        "windows": np.array([config.shift_window * may for may in may_shift], np.int32),
+        "guards": np.array([guards if p.is_guarded else SPECIAL for p in policies], np.int32),
+        "stop_ids": np.array([[*r.stop_ids, *[-1] * (num_stops - len(r.stop_ids))] for r in requests], np.int32),
+        "ends": np.array([r.ends for r in requests], bool),
+    }
+    there = dict(zip(columns, upload(list(columns.values()), kinds.device), strict=True))
+    return Rules(**there, kinds=kinds, back_only=config.shift_direction == "back")
