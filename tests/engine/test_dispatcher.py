@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from vllm.forward_context import BatchDescriptor
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_lvspec.engine.dispatcher import SIZES, DecodeDispatcher, is_single
+from vllm_lvspec.engine.dispatcher import SIZES, DecodeDispatcher, tokens_each
 from vllm_lvspec.engine.runner import LVSpecGPUModelRunner
 from vllm_lvspec.engine.scoring import PromptScores
 
@@ -22,7 +23,12 @@ NO_METRICS = SimpleNamespace(cudagraph_metrics=False)
 
 
 def runner_of(
-    cls: type[GPUModelRunner], dispatcher: type[CudagraphDispatcher], mode: str, most: int = 88, max_num_seqs: int = 8
+    cls: type[GPUModelRunner],
+    dispatcher: type[CudagraphDispatcher],
+    mode: str,
+    most: int = 88,
+    max_num_seqs: int = 8,
+    **options: Any,
 ) -> Any:
     """What a runner has of all that these methods ask for, with graphs of up to `most` tokens."""
     compilation = CompilationConfig(
@@ -49,7 +55,7 @@ def runner_of(
     runner.lora_config, runner.load_config = None, SimpleNamespace(use_tqdm_on_load=False)
     runner.scores = SimpleNamespace(must_look=lambda: False)
     runner.uniform_decode_query_len = CHAIN
-    runner.cudagraph_dispatcher = dispatcher(config)
+    runner.cudagraph_dispatcher = dispatcher(config, **options)
     runner.cudagraph_dispatcher.initialize_cudagraph_keys(CUDAGraphMode[mode], CHAIN)
     return runner
 
@@ -75,6 +81,18 @@ def test_a_step_without_drafts_has_a_full_graph_of_its_own_size(mode):
     runner = ours(mode)
     for count, size in ((1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8)):
         assert graph_of(runner, [1] * count) == (CUDAGraphMode.FULL, BatchDescriptor(size, size, uniform=True))
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
+def test_a_single_requests_shorter_draft_has_a_full_graph_where_drafts_may_be_shorter(mode):
+    with_parts, without = ours(mode, has_parts=True), ours(mode)
+    for tokens in range(2, CHAIN):
+        assert graph_of(with_parts, [tokens]) == (CUDAGraphMode.FULL, BatchDescriptor(tokens, 1, uniform=True))
+        assert graph_of(without, [tokens])[0] != CUDAGraphMode.FULL
+    for lens in ([CHAIN], [1], [CHAIN] * 3, [1] * 3, [5, 5], [5, 1], [CHAIN + 1], [40]):
+        assert graph_of(with_parts, lens) == graph_of(without, lens)
+    few = ours(mode, most=CHAIN, max_num_seqs=1, has_parts=True)
+    assert graph_of(few, [CHAIN - 1])[0] == CUDAGraphMode.FULL
 
 
 ONE_EACH = [1] * 8
@@ -172,7 +190,7 @@ def test_requests_to_measure_with_read_blocks_of_their_own():
 def test_sizes_are_bounded_by_requests_and_by_what_the_user_wants_recorded():
     for most, max_num_seqs, largest in ((88, 8, 8), (22, 64, 22), (22, 3, 3), (5632, 512, SIZES[-1])):
         descs = dict(ours(most=most, max_num_seqs=max_num_seqs).cudagraph_dispatcher.get_capture_descs())
-        assert max(desc.num_tokens for desc in descs[CUDAGraphMode.FULL] if is_single(desc)) == largest
+        assert max(desc.num_tokens for desc in descs[CUDAGraphMode.FULL] if tokens_each(desc) == 1) == largest
 
 
 def test_behind_vllms_look_at_their_memory_graphs_are_as_before():
@@ -188,9 +206,10 @@ def test_behind_vllms_look_at_their_memory_graphs_are_as_before():
     assert dispatcher.get_capture_descs() == before
 
 
+@pytest.mark.parametrize("has_parts", [False, True])
 @pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
-def test_each_graph_is_recorded_as_the_batch_that_asks_for_it(mode, monkeypatch):
-    runner = ours(mode)
+def test_each_graph_is_recorded_as_the_batch_that_asks_for_it(mode, has_parts, monkeypatch):
+    runner = ours(mode, has_parts=has_parts)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
     recorded = []
 
@@ -219,6 +238,8 @@ def test_each_graph_is_recorded_as_the_batch_that_asks_for_it(mode, monkeypatch)
     assert [(mode, desc) for mode, desc, _ in recorded] == wanted
     for _, desc, lens in recorded:
         if desc.uniform:
-            assert lens == [1 if is_single(desc) else CHAIN] * desc.num_reqs
-    assert sum(is_single(desc) for _, desc in wanted) == 4
+            assert lens == [tokens_each(desc)] * desc.num_reqs
+    numbers = Counter(tokens_each(desc) for _, desc in wanted if desc.uniform)
+    parts = dict.fromkeys(range(2, CHAIN), 1) if has_parts else {}
+    assert numbers == {1: 4, **parts, CHAIN: 8}
     assert runner.uniform_decode_query_len == CHAIN

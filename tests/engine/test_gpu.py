@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+import triton
 from harness import Engine
 from vllm import RequestOutput, SamplingParams
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
+from vllm.utils import jit_monitor
 
+from vllm_lvspec import kernels
 from vllm_lvspec.bench.run import prompt_writer
 from vllm_lvspec.bench.samples import videofacts
+from vllm_lvspec.draft import drafter as drafting
 from vllm_lvspec.reference import PAIRS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA or AMD GPU")
@@ -137,6 +143,65 @@ def test_loose_answers_take_fewer_steps(alone):
         got = ask(engine, "qwen2_5_vl")
         stats = check_drafts(engine, 0.5)
     assert stats["tokens_loose"] > 0.05 * sum(len(output.outputs[0].token_ids) for output in got)
+
+
+def own_kernels() -> dict[str, triton.JITFunction]:
+    modules = [
+        importlib.import_module(f"{kernels.__name__}.{name}") for _, name, _ in pkgutil.iter_modules(kernels.__path__)
+    ]
+    found = [value for module in modules for value in vars(module).values() if isinstance(value, triton.JITFunction)]
+    return {kernel.__name__: kernel for kernel in found}
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param({"policy": "lvspec"}, id="loose"),
+        pytest.param({"policy": "lvspec", "pruning": "attention"}, id="attention"),
+        pytest.param({"model": "self"}, id="self"),
+    ],
+)
+def test_no_kernel_is_compiled_under_a_request(view, monkeypatch):
+    ours = own_kernels()
+    assert "_accept_kernel" in ours
+    for kernel in ours.values():
+        kernel.device_caches.clear()
+    compiled: list[str] = []
+    with running("qwen2_5_vl", lvspec=view) as engine:
+        assert jit_monitor._active
+        monkeypatch.setattr(jit_monitor, "_handle_jit_event", lambda **event: compiled.append(event["fn_name"]))
+        ask(engine, "qwen2_5_vl")
+    assert not [name for name in compiled if name in ours]
+
+
+def test_the_device_is_waited_for_once_a_draft(monkeypatch):
+    """PyTorch says so where a copy or a look at a value would wait; of prompts the drafter's time is wanted."""
+
+    def columns(tokens: Any) -> torch.Tensor:
+        torch.cuda.set_sync_debug_mode("default")
+        return read_columns(tokens)
+
+    read_columns = drafting._columns
+    monkeypatch.setattr(drafting, "_columns", columns)
+    num_watched = 0
+    with running("qwen2_5_vl", lvspec={"policy": "lvspec"}) as engine:
+        (drafter,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter)
+        draft = drafter._draft
+
+        def watched(requests: Any, *args: Any) -> Any:
+            nonlocal num_watched
+            sequences = [drafter.sequences[request.req_id] for request in requests]
+            if all(sequence.num_cached >= len(sequence.kept) for sequence in sequences):
+                num_watched += 1
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                return draft(requests, *args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        monkeypatch.setattr(drafter, "_draft", watched)
+        ask(engine, "qwen2_5_vl", 6)
+    assert num_watched > 10
 
 
 def test_costs_are_measured_and_drafts_go_on_where_they_pay():

@@ -330,18 +330,23 @@ def _measure_alone(options: GrowthOptions, target: Model) -> dict[tuple[Size, in
 def _measure(
     options: GrowthOptions, target: Model, drafter: Model, alone: dict[tuple[Size, int, int], float]
 ) -> Measured:
+    from vllm.platforms import current_platform
+
     model, arguments, most = _arguments(options, target)
     draft = str(PAIRS[options.family].draft)
     config: dict[str, Any] = {
         "method": METHOD, "model": draft, "policy": options.policy, "only_if_faster": False,
         "num_speculative_tokens": max(options.spec_tokens),
     }  # fmt: skip
+    if current_platform.is_cuda_alike() and len(options.spec_tokens) > 1:
+        config["draft_length"] = "adaptive"  # under which a request's drafts of any length have a CUDA graph
     if drafter.shape is not None:
         config["draft_hf_overrides"] = upscaled(draft, drafter.shape)["hf_overrides"]
     if drafter.quantization is not None:
         config["draft_quantization"] = drafter.quantization
     with running_engine(model, config, most, arguments) as llm:
         steered = SteeredDrafter(llm)
+        steered.drafter.is_adaptive, steered.drafter.costs = False, None
         accepted = _accepted(llm, steered, options)
         points = []
         for place in _places(options):

@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_lvspec.device import upload
 from vllm_lvspec.engine.counts import counts_of
-from vllm_lvspec.engine.dispatcher import DecodeDispatcher, is_single
+from vllm_lvspec.engine.dispatcher import DecodeDispatcher, tokens_each
 from vllm_lvspec.engine.proposer import LVSpecProposer
 from vllm_lvspec.engine.sampler import LVSpecRejectionSampler
 from vllm_lvspec.engine.scheduler import with_changes
@@ -65,7 +65,8 @@ class LVSpecGPUModelRunner(GPUModelRunner):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.cudagraph_dispatcher = DecodeDispatcher(self.vllm_config)
+        has_parts = self.drafter.config.draft_length == "adaptive"
+        self.cudagraph_dispatcher = DecodeDispatcher(self.vllm_config, has_parts=has_parts)
         self.step_times = StepTimes()
         self._changes = Changes()
         self._step_started: float | None = None
@@ -244,16 +245,18 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         finally:
             self.uniform_decode_query_len = self.cudagraph_dispatcher.uniform_decode_query_len = before
 
-    def _determine_batch_execution_and_padding(self, *args: Any, max_num_scheduled_tokens: int, **kwargs: Any) -> Any:
+    def _determine_batch_execution_and_padding(
+        self, *args: Any, num_reqs: int, max_num_scheduled_tokens: int, **kwargs: Any
+    ) -> Any:
         if "force_uniform_decode" not in kwargs and self.scores.must_look():
             kwargs["force_uniform_decode"] = False  # the rest of a prompt may be as long as a decode
-        with self._decodes_of(1 if max_num_scheduled_tokens == 1 else self.uniform_decode_query_len):
+        with self._decodes_of(self.cudagraph_dispatcher.decodes_like(num_reqs, max_num_scheduled_tokens)):
             return super()._determine_batch_execution_and_padding(
-                *args, max_num_scheduled_tokens=max_num_scheduled_tokens, **kwargs
+                *args, num_reqs=num_reqs, max_num_scheduled_tokens=max_num_scheduled_tokens, **kwargs
             )
 
     def _warmup_and_capture(self, desc: BatchDescriptor, *args: Any, **kwargs: Any) -> None:
-        with self._decodes_of(1 if is_single(desc) else self.uniform_decode_query_len):
+        with self._decodes_of(tokens_each(desc) or self.uniform_decode_query_len):
             super()._warmup_and_capture(desc, *args, **kwargs)
 
     def capture_model(self) -> int:
