@@ -30,7 +30,8 @@ def _last_position(query_positions_ptr, num_queries):
     return tl.max(tl.load(query_positions_ptr + query, mask=query < num_queries, other=-1), axis=0)
 
 
-@triton.jit(do_not_specialize=["num_queries"])
+# Tables begin wherever a request's row does.
+@triton.jit(do_not_specialize=["num_queries"], do_not_specialize_on_alignment=["block_table_ptr"])
 def _log_sums_kernel(
     log_sums_ptr,  # [num_splits, num_kv_heads, num_queries * group]
     queries_ptr,
@@ -110,7 +111,7 @@ def _join_log_sums_kernel(joined_ptr, log_sums_ptr, count, NUM_SPLITS: tl.conste
     tl.store(joined_ptr + place, top + tl.log2(total), mask=is_there)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_visual"])
+@triton.jit(do_not_specialize=["num_queries", "num_visual"], do_not_specialize_on_alignment=["block_table_ptr"])
 def _attention_mass_kernel(
     masses_ptr,  # [num_kv_heads, num_visual]
     log_sums_ptr,  # [num_kv_heads, num_queries * group]

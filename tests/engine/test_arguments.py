@@ -129,7 +129,12 @@ def test_the_target_is_compiled_anew_only_for_what_changes_its_graph(pair):
     assert usual == hash_of()
     for same in ({"policy": "strict"}, {"model": "self"}, {"num_speculative_tokens": 4}, {"trace": 3}):
         assert hash_of(**same) == usual, same
-    assert hash_of(anchor_source="layer:1") != usual
+    for same in ({"anchor_source": "value"}, {"anchor_source": "hidden:read", "policy": "strict"}):
+        assert hash_of(**same) == usual, same
+    inner = hash_of(anchor_source="layer:1")
+    others = [hash_of(anchor_source="layer:1", policy="strict"), hash_of(anchor_source="layer:2")]
+    assert len({usual, inner, *others}) == 4
+    assert hash_of(anchor_source="layer:1", num_speculative_tokens=4) == inner
     assert hash_of({"mine": 1}) != usual
     assert hash_of({"mine": 1}) != hash_of({"mine": 2})
 

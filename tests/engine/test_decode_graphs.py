@@ -98,8 +98,10 @@ def test_what_kernels_share_may_grow_while_graphs_are_recorded_and_not_behind_it
     with unlocked_workspace():
         pass
     assert not manager.is_locked()
+    (before,) = manager.get_simultaneous(((4,), torch.float32))
     lock_workspace()
-    with unlocked_workspace():
+    with unlocked_workspace() as kept:
+        assert before.untyped_storage().data_ptr() in [buffer.data_ptr() for buffer in kept if buffer is not None]
         assert manager.get_persistent_resource("of a new stream", lambda: 1) == 1
     with pytest.raises(AssertionError, match="locked"):
         manager.get_persistent_resource("of another stream", lambda: 1)

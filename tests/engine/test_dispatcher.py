@@ -177,13 +177,13 @@ def test_what_steps_cost_is_measured_over_batches_that_have_graphs(max_num_seqs,
 
 def test_requests_to_measure_with_read_blocks_of_their_own():
     runner = ours()
-    table = np.zeros((8, 5), dtype=np.int32)
-    buffer = SimpleNamespace(block_table=SimpleNamespace(np=table))
+    table = np.zeros((8, 9), dtype=np.int32)
+    buffer = SimpleNamespace(block_table=SimpleNamespace(np=table), block_size=16)
     runner.input_batch.block_table = SimpleNamespace(block_tables=[buffer])
     runner.kv_cache_config = SimpleNamespace(num_blocks=12)
-    with runner._blocks_apart(3):
-        assert table[:2].flatten().tolist() == list(range(10)) and table.max() == 11
-        assert not table[3:].any()
+    with runner._blocks_apart(3, 65):
+        assert table[:3, :5].flatten().tolist() == [*range(12), 0, 1, 2]
+        assert not table[:3, 5:].any() and not table[3:].any()
     assert not table.any()
 
 

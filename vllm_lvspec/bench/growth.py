@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
@@ -384,7 +384,7 @@ def _in_own_process(measure: Callable[..., Result], *arguments: Any) -> Result:
 def _sent(measure: Callable[..., Result], *arguments: Any) -> Result:
     try:
         return measure(*arguments)
-    except ValueError as error:  # pydantic's can't be sent to another process
+    except ValidationError as error:  # which can't be sent to another process
         raise BenchError(" ".join(str(error).split())) from None
 
 

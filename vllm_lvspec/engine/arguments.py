@@ -26,6 +26,7 @@ from vllm.utils.hashing import safe_hash
 from vllm_lvspec.config import METHOD, SELF, LVSpecConfig, LVSpecConfigError, names_lvspec
 from vllm_lvspec.draft.pairs import default_draft_model
 from vllm_lvspec.engine.versions import require_tested_vllm
+from vllm_lvspec.verify.sources import AnchorSource
 
 logger = init_logger("vllm.lvspec")
 
@@ -33,7 +34,8 @@ PROPOSER = "vllm_lvspec.engine.proposer.LVSpecProposer"
 CPU_WORKER = "vllm_lvspec.engine.cpu.LVSpecCPUWorker"
 GPU_WORKER = "vllm_lvspec.engine.worker.LVSpecGPUWorker"
 SCHEDULER = "vllm_lvspec.engine.scheduler.LVSpecScheduler"
-IN_THE_TARGETS_GRAPH = ("anchor_source",)  # settings by which the target's forward gives other outputs
+# Settings by which it is decided whether the target's forward gives an inner layer's states, too.
+IN_THE_TARGETS_GRAPH = ("anchor_source", "policy", "pruning")
 SHORT_OPTIONS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
 
 
@@ -61,7 +63,9 @@ class AdditionalConfig(UserDict[str, Any]):
 
     def compute_hash(self) -> str:
         """Of the settings that change the target's graph, and of all that is not this package's."""
-        settings = {key: self.data[METHOD][key] for key in IN_THE_TARGETS_GRAPH}
+        settings = self.data[METHOD]
+        gives_more = AnchorSource.parse(settings["anchor_source"]).kind == "layer"
+        settings = {key: settings[key] for key in IN_THE_TARGETS_GRAPH} if gives_more else {}
         factors = json.dumps({**self.data, METHOD: settings}, sort_keys=True)
         return safe_hash(factors.encode(), usedforsecurity=False).hexdigest()
 

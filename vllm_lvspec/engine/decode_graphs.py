@@ -80,15 +80,19 @@ def forget_graphs(draft: VllmConfig) -> None:
 
 
 @contextmanager
-def unlocked_workspace() -> Iterator[None]:
+def unlocked_workspace() -> Iterator[list[torch.Tensor | None]]:
     """vLLM locks what kernels share once it has recorded its own graphs; some, like Marlin's, want a part for each
-    stream, and the one on which these are recorded is new."""
+    stream, and the one on which these are recorded is new.
+
+    Gives the buffers that graphs recorded before read: should a larger one take their place, they must be kept.
+    """
     if not is_workspace_manager_initialized() or not current_workspace_manager().is_locked():
-        yield
+        yield []
         return
+    shared = list(current_workspace_manager()._current_workspaces)
     unlock_workspace()
     try:
-        yield
+        yield shared
     finally:
         lock_workspace()
 
@@ -165,7 +169,9 @@ class DecodeGraphs:
     @contextmanager
     def _recording(self) -> Iterator[None]:
         self._pool = current_platform.graph_pool_handle()
-        with freeze_gc_for_cudagraph_capture(), unlocked_workspace(), graph_capture(device=self._model.device):
+        device = self._model.device
+        with freeze_gc_for_cudagraph_capture(), unlocked_workspace() as shared, graph_capture(device=device):
+            self._model.kept_for_others += shared
             yield
 
     @contextmanager

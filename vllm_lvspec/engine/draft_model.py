@@ -96,6 +96,7 @@ class VLLMDraftModel:
         self.vocab_size = model_config.get_vocab_size()
         self.shared_vocab_size = min(target.get_vocab_size(), self.vocab_size)
         self._pin_memory = device.type == "cuda"
+        self.kept_for_others: list[torch.Tensor | None] = []  # what the target's graphs may read
 
     @contextmanager
     def _own_kernels(self) -> Iterator[None]:

@@ -284,36 +284,41 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         return sorted((batch for batch in batches if math.prod(batch) <= budget), key=math.prod)
 
     @contextmanager
-    def _blocks_apart(self, num_requests: int) -> Iterator[None]:
-        """Dummy requests that read blocks of their own: one that all read would come from the device's caches."""
-        tables = [table.block_table.np[:num_requests] for table in self.input_batch.block_table.block_tables]
+    def _blocks_apart(self, num_requests: int, context: int) -> Iterator[None]:
+        """Dummy requests read blocks of their own: one that all read would come from the device's caches.
+
+        The device must have read the tables before it ends.
+        """
+        tables = self.input_batch.block_table.block_tables
         for table in tables:
-            table[:] = np.arange(table.size).reshape(table.shape) % self.kv_cache_config.num_blocks
+            columns = -(-context // table.block_size)
+            blocks = np.arange(num_requests * columns).reshape(num_requests, columns) % self.kv_cache_config.num_blocks
+            table.block_table.np[:num_requests, :columns] = blocks
         try:
             yield
         finally:
             for table in tables:
-                table[:] = 0
+                table.block_table.np[:num_requests] = 0
 
     def _target_seconds(self, num_requests: int, rows_each: int, context: int) -> float:
-        self._sync_device()
-        num_rows = num_requests * rows_each
-        started = time.perf_counter()
+        num_rows, context = num_requests * rows_each, max(context, rows_each)
         self._is_measuring = True
         try:
-            with self._decodes_of(rows_each), self._blocks_apart(num_requests):
+            with self._decodes_of(rows_each), self._blocks_apart(num_requests, context):
+                self._sync_device()
+                started = time.perf_counter()
                 hidden, _ = self._dummy_run(
                     num_rows,
                     force_attention=True,
                     uniform_decode=True,
-                    profile_seq_lens=max(context, rows_each),
+                    profile_seq_lens=context,
                     skip_eplb=True,
                 )
+                self.model.compute_logits(hidden[:num_rows])
+                self._sync_device()
+                return time.perf_counter() - started
         finally:
             self._is_measuring = False
-        self.model.compute_logits(hidden[:num_rows])
-        self._sync_device()
-        return time.perf_counter() - started
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         if self._is_measuring:
