@@ -464,7 +464,16 @@ def test_what_this_package_relies_on_in_vllm_is_there():
         "gen.set_offset(gen.get_offset() - 4)",
         "cast(Any, self.drafter).propose(",
         "self.discard_request_mask.np[:num_reqs]",
+        "self.input_ids.gpu[:num_input_tokens].clamp_(min=0)",
         "self.requires_sequential_video_encoding\n",
     ):
         assert use in runner, use
-    assert {"preempted_req_ids", "num_spec_tokens_to_schedule"} <= set(SchedulerOutput.__dataclass_fields__)
+    # Drafted tokens are in the inputs on the device before anything reads them there.
+    inputs = inspect.getsource(GPUModelRunner._prepare_inputs)
+    assert inputs.index("self._prepare_input_ids(") < inputs.index("self._calc_spec_decode_metadata(")
+    assert list(inspect.signature(GPUModelRunner._prepare_input_ids).parameters) == [
+        "self", "scheduler_output", "num_reqs", "total_num_scheduled_tokens", "cu_num_tokens",
+    ]  # fmt: skip
+    assert {"preempted_req_ids", "num_spec_tokens_to_schedule", "has_structured_output_requests"} <= set(
+        SchedulerOutput.__dataclass_fields__
+    )

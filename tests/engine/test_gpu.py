@@ -20,7 +20,6 @@ from vllm.utils import jit_monitor
 from vllm_lvspec import kernels
 from vllm_lvspec.bench.run import prompt_writer
 from vllm_lvspec.bench.samples import videofacts
-from vllm_lvspec.draft import drafter as drafting
 from vllm_lvspec.reference import PAIRS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA or AMD GPU")
@@ -174,32 +173,33 @@ def test_no_kernel_is_compiled_under_a_request(view, runs, monkeypatch):
     assert not [name for name in compiled if name in ours]
 
 
-def test_the_device_is_waited_for_once_a_draft(monkeypatch):
-    """PyTorch says so where a copy or a look at a value would wait; of prompts the drafter's time is wanted."""
-
-    def columns(tokens: Any) -> torch.Tensor:
-        torch.cuda.set_sync_debug_mode("default")
-        return read_columns(tokens)
-
-    read_columns = drafting._columns
-    monkeypatch.setattr(drafting, "_columns", columns)
+def test_the_device_is_not_waited_for_while_it_drafts():
+    """PyTorch says so where a copy or a look at a value would wait; only for grammars the host does."""
     num_watched = 0
-    with running("qwen2_5_vl", lvspec={"policy": "lvspec"}) as engine:
-        (drafter,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter)
-        draft = drafter._draft
 
-        def watched(requests: Any, *args: Any) -> Any:
+    def watch(worker: Any) -> None:
+        runner = worker.model_runner
+        take = runner.take_draft_token_ids
+
+        def watched() -> Any:
             nonlocal num_watched
-            sequences = [drafter.sequences[request.req_id] for request in requests]
-            if all(sequence.num_cached >= len(sequence.kept) for sequence in sequences):
-                num_watched += 1
-                torch.cuda.set_sync_debug_mode("error")
+            if any(req_id not in runner.drafter.drafter.sequences for req_id in runner.input_batch.req_ids):
+                return take()  # reading a video is another thing
+            torch.cuda.set_sync_debug_mode("error")
             try:
-                return draft(requests, *args)
+                taken = take()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+            if taken is not None:
+                num_watched += 1
+                assert runner.drafter._started is not None, "waited for by an event, of which PyTorch says nothing"
+                assert {token for draft in taken.draft_token_ids for token in draft} == {-1}
+            return taken
 
-        monkeypatch.setattr(drafter, "_draft", watched)
+        runner.take_draft_token_ids = watched
+
+    with running("qwen2_5_vl", lvspec={"policy": "lvspec"}) as engine:
+        engine.llm.collective_rpc(watch)
         ask(engine, "qwen2_5_vl", 6)
     assert num_watched > 10
 

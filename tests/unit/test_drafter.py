@@ -18,7 +18,7 @@ from step_costs import FREE, LOADED, RANDOM_COSTS
 from vllm_lvspec.device import upload
 from vllm_lvspec.draft import drafter as drafting
 from vllm_lvspec.draft.batch import DraftBatch
-from vllm_lvspec.draft.drafter import Drafted, Drafter, DraftRequest, VisualItem
+from vllm_lvspec.draft.drafter import Drafter, DraftRequest, NextTokens, VisualItem
 from vllm_lvspec.draft.length import DraftPlan, StepCosts
 from vllm_lvspec.draft.pages import PagePool
 from vllm_lvspec.draft.pruning import STRATEGIES, Strategy, VideoView, VisualGrid
@@ -95,7 +95,7 @@ class SlotModel:
             entries = self.read(pages, length)
             tokens.append(self.next_token(entries))
             probs.append(self.confidence(entries))
-        return Drafted(torch.tensor(tokens), torch.tensor(probs) if with_probs else None)
+        return NextTokens(torch.tensor(tokens), torch.tensor(probs) if with_probs else None)
 
     def read(self, pages, length):
         size = self.pool.page_size
@@ -156,7 +156,8 @@ class Unread(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func in (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.cpu):
+        looks = (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.cpu, torch.Tensor.numpy)
+        if func in looks or (func is torch.Tensor.to and not (kwargs or {}).get("non_blocking")):
             cls.log.append("read")
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -363,8 +364,13 @@ def test_nothing_waits_for_the_device_until_all_drafts_are_launched(monkeypatch,
     requests = [make_request(str(i), max_draft=length) for i, length in enumerate(lengths)]
     for _ in range(2):
         Unread.log = []
-        drafts = drafter.propose(requests, 6)
-        assert Unread.log == ["upload", "forward", "upload", *["forward"] * 5, "read"]
+        started = drafter.start(requests, 6)
+        assert drafter.runs_ahead
+        assert started.lengths == list(lengths) and not started.tokens
+        assert Unread.log == ["upload", "forward", "upload", *["forward"] * 5]
+        drafter.finish(started)
+        assert Unread.log[8:] == ["read"]
+        drafts = started.tokens
         assert drafts == [oracle(r, length) for r, length in zip(requests, lengths, strict=True)]
         requests = [
             replace(extended(r, [*draft, 3], len(draft)), max_draft_tokens=length)

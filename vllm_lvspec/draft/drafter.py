@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vllm_lvspec.device import Clock, upload
 from vllm_lvspec.draft.batch import DraftBatch, take_rows
+from vllm_lvspec.draft.drafts import Drafted, Drafts
 from vllm_lvspec.draft.embeddings import EmbeddingCache, KeptEmbeddings
 from vllm_lvspec.draft.length import (
     PROMPT_MARGIN,
@@ -85,7 +86,7 @@ class DraftRequest:
     target_slots: Callable[[np.ndarray], np.ndarray] | None = None
 
 
-class Drafted(NamedTuple):
+class NextTokens(NamedTuple):
     """Greedy next tokens `[num_rows]` int64; their probabilities `[num_rows]` float32 where these were asked for."""
 
     token_ids: torch.Tensor
@@ -117,7 +118,7 @@ class DraftModel(Protocol):
         """Visual embeddings `[num_embeddings, width]` of one item."""
         ...
 
-    def forward(self, batch: DraftBatch, with_probs: bool = False) -> Drafted:
+    def forward(self, batch: DraftBatch, with_probs: bool = False) -> NextTokens:
         """Write the batch into the cache; the next token of each request."""
         ...
 
@@ -204,11 +205,27 @@ class Drafter:
             self.model.pool.release(sequence.pages)
         self._prompts.pop(req_id, None)
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether `start` comes back before the device is done."""
+        return not self.sees_tokens and (self.costs is None or not self.is_adaptive)
+
     def propose(self, requests: Sequence[DraftRequest], num_speculative_tokens: int) -> list[list[int]]:
         """Drafted tokens of each request, at most `num_speculative_tokens`; empty where it can't be drafted for."""
-        drafts: list[list[int]] = [[] for _ in requests]
+        drafts = self.start(requests, num_speculative_tokens)
+        self.finish(drafts)
+        return drafts.tokens
+
+    def start(self, requests: Sequence[DraftRequest], num_speculative_tokens: int) -> Drafts:
+        """Have drafts made as `propose` does. They must be finished before others are started."""
+        drafts = Drafts([0] * len(requests))
+        self._start(drafts, requests, num_speculative_tokens)
+        drafts.end = self.clock.mark()
+        return drafts
+
+    def _start(self, drafts: Drafts, requests: Sequence[DraftRequest], num_speculative_tokens: int) -> None:
         if not any(request.num_verified for request in requests) and self.rests([r.req_id for r in requests]):
-            return drafts
+            return
         wanted: list[tuple[int, int]] = []  # draft length at most, index of the request
         for i, request in enumerate(requests):
             self._roll_back(request)
@@ -229,7 +246,7 @@ class Drafter:
             wanted = self._paying(requests, wanted, num_speculative_tokens)
         ready = [(length, i) for length, i in wanted if self._prepare(requests[i], length)]
         if not ready:
-            return drafts
+            return
         ready.sort(key=lambda pair: -pair[0])
         chosen = [requests[i] for _, i in ready]
         plan = None
@@ -237,11 +254,27 @@ class Drafter:
             names = {request.req_id for request in chosen}
             others = [request for request in requests if request.req_id not in names and not request.is_done]
             plan = self._plan(chosen, others, num_speculative_tokens)
-        for (_, i), row in zip(ready, self._draft(chosen, [length for length, _ in ready], plan), strict=True):
-            drafts[i] = row
+        drafts.drafted = [Drafted(i, self._histories[requests[i].req_id], requests[i].ends) for _, i in ready]
+        self._draft(drafts, chosen, [length for length, _ in ready], plan)
         self.counts["drafted_requests"] += len(ready)
-        self.counts["drafted_tokens"] += sum(len(row) for row in drafts)
-        return drafts
+        self.counts["drafted_tokens"] += sum(drafts.lengths)
+
+    def finish(self, drafts: Drafts) -> None:
+        """Wait for the tokens of what was started last."""
+        drafts.tokens = [[] for _ in drafts.lengths]
+        self.clock.wait(drafts.end)
+        if drafts.on_host is None:
+            return
+        self.further_seconds += self.clock.seconds(drafts.caught_up, drafts.end)
+        if drafts.reads_prompts:
+            self.prefill_seconds += self.clock.seconds(drafts.begin, drafts.caught_up)
+        for row, members in zip(drafts.on_host.tolist(), drafts.members, strict=True):
+            for token, i in zip(row, members, strict=False):
+                drafts.tokens[drafts.drafted[i].request].append(token)
+        for drafted in drafts.drafted:
+            draft = drafts.tokens[drafted.request]
+            until_end = (count for count, token in enumerate(draft, 1) if token in drafted.ends)
+            drafted.history.num_until_end = next(until_end, None)
 
     # How far ------------------------------------------------------------------------------------------------------
 
@@ -493,15 +526,16 @@ class Drafter:
 
     # Running the model --------------------------------------------------------------------------------------------
 
-    def _draft(self, requests: list[DraftRequest], lengths: list[int], plan: DraftPlan | None) -> list[list[int]]:
-        """Draft for prepared `requests`, sorted by falling `lengths`, as far as `plan` goes; else `lengths`."""
+    def _draft(self, drafts: Drafts, requests: list[DraftRequest], lengths: list[int], plan: DraftPlan | None) -> None:
+        """Start `drafts` of prepared `requests`, sorted by falling `lengths`, as far as `plan` goes; else `lengths`."""
         sequences = [self.sequences[r.req_id] for r in requests]
-        started, begin = time.perf_counter(), self.clock.mark()
+        drafts.begin = self.clock.mark()
+        drafts.reads_prompts = any(s.num_cached < len(s.kept) - 1 for s in sequences)
         first = self._catch_up(requests, plan is not None)
-        caught_up = self.clock.mark()
+        drafts.caught_up = self.clock.mark()
         drafted = [first]
         active = np.arange(len(requests))
-        rows_of_requests = [active]
+        drafts.members = [active]
         newest, batch = first, None
         costs = self._costs_now(len(requests), len(requests)) if self.costs is not None else None
         contexts = self._contexts(requests)[1]
@@ -533,33 +567,27 @@ class Drafter:
             if costs is not None:
                 self.foretold_further += float(costs.of_draft(len(active), contexts[active].sum()))
             drafted.append(newest)
-            rows_of_requests.append(active)
+            drafts.members.append(active)
         else:
             if plan is not None:
                 self._note_chances(requests, active, newest)
-        drafts: list[list[int]] = [[] for _ in requests]
-        columns = _columns([d.token_ids for d in drafted]).tolist()  # one copy to the host for all steps
-        self.further_seconds += time.perf_counter() - started - self.clock.seconds(begin, caught_up)
-        for row, members in zip(columns, rows_of_requests, strict=True):
-            for token, i in zip(row, members, strict=False):
-                drafts[i].append(token)
-        for request, draft in zip(requests, drafts, strict=True):
-            until_end = (count for count, token in enumerate(draft, 1) if token in request.ends)
-            self._histories[request.req_id].num_until_end = next(until_end, None)
-        for sequence, draft in zip(sequences, drafts, strict=True):
+        drafts.token_ids = _columns([d.token_ids for d in drafted])
+        drafts.on_host = drafts.token_ids.to("cpu", non_blocking=True)  # one copy for all steps
+        counts = np.bincount(np.concatenate(drafts.members)).tolist()
+        for who, sequence, count in zip(drafts.drafted, sequences, counts, strict=True):
+            drafts.lengths[who.request] = count
             # What the target has made of the newest token, with the whole video before it, will be better.
-            sequence.num_cached += -1 if self.model.copies else len(draft) - 1
-        return drafts
+            sequence.num_cached += -1 if self.model.copies else count - 1
 
     def _ended(
-        self, requests: list[DraftRequest], active: np.ndarray, newest: Drafted, is_awaited: bool
+        self, requests: list[DraftRequest], active: np.ndarray, newest: NextTokens, is_awaited: bool
     ) -> Sequence[bool]:
         """Whether the newest drafted token of each of `active` ends its request, as far as one may look."""
         if not (self.sees_tokens or is_awaited):
             return [False] * len(active)
         return [token in requests[i].ends for token, i in zip(newest.token_ids.tolist(), active, strict=True)]
 
-    def _note_chances(self, requests: list[DraftRequest], active: np.ndarray, newest: Drafted) -> np.ndarray:
+    def _note_chances(self, requests: list[DraftRequest], active: np.ndarray, newest: NextTokens) -> np.ndarray:
         """Keep the confidences of the newest drafted tokens; the chances that these are accepted, `[num_active]`."""
         assert newest.probs is not None
         probs = newest.probs.tolist()
@@ -570,17 +598,14 @@ class Drafter:
             factors[row] = history.factor
         return np.clip(self.acceptance.chances(probs) * factors, 0, 1)
 
-    def _catch_up(self, requests: list[DraftRequest], with_probs: bool) -> Drafted:
+    def _catch_up(self, requests: list[DraftRequest], with_probs: bool) -> NextTokens:
         """Put all tokens that are not cached yet into the cache; the first drafted tokens.
 
         One forward where the tokens fit into the model's batch, as they do unless long prompts arrive together.
         """
-        started = time.perf_counter()
-        sequences = [self.sequences[r.req_id] for r in requests]
-        is_prefill = any(s.num_cached < len(s.kept) - 1 for s in sequences)
         if self.model.copies:
-            self._copy(requests, sequences)
-        first: Drafted | None = None
+            self._copy(requests, [self.sequences[r.req_id] for r in requests])
+        first: NextTokens | None = None
         waiting = list(range(len(requests)))
         while waiting:
             budget = self.model.max_batch_tokens
@@ -612,14 +637,11 @@ class Drafter:
             elif done:
                 if first is None:
                     probs = None if found.probs is None else found.probs.new_empty(len(requests))
-                    first = Drafted(found.token_ids.new_empty(len(requests)), probs)
+                    first = NextTokens(found.token_ids.new_empty(len(requests)), probs)
                 rows, targets = upload(list(np.array(done).T), self.model.device)
                 first.token_ids[targets] = found.token_ids[rows]
                 if first.probs is not None and found.probs is not None:
                     first.probs[targets] = found.probs[rows]
-        if is_prefill:
-            self.clock.wait()
-            self.prefill_seconds += time.perf_counter() - started
         assert first is not None
         return first
 

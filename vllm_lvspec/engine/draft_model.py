@@ -33,7 +33,7 @@ from vllm.v1.worker.utils import AttentionGroup, allocate_kv_cache, bind_kv_cach
 
 from vllm_lvspec.config import LVSpecConfig, LVSpecConfigError
 from vllm_lvspec.draft.batch import DraftBatch
-from vllm_lvspec.draft.drafter import Drafted
+from vllm_lvspec.draft.drafter import NextTokens
 from vllm_lvspec.draft.pages import PagePool
 from vllm_lvspec.engine.compatibility import draft_model_config, draft_vllm_config, unfit_quantization
 from vllm_lvspec.engine.decode_graphs import (
@@ -175,7 +175,7 @@ class VLLMDraftModel:
         # vLLM's LLaVA-OneVision may give a video a leading dimension of one.
         return embeddings.flatten(0, -2)
 
-    def forward(self, batch: DraftBatch, with_probs: bool = False) -> Drafted:
+    def forward(self, batch: DraftBatch, with_probs: bool = False) -> NextTokens:
         hidden = None if self.graphs is None else self.graphs.hidden(batch)
         if hidden is None:
             hidden = self.run(batch, self.metadata(batch))
@@ -184,10 +184,10 @@ class VLLMDraftModel:
         logits = self.model.compute_logits(hidden)[:, : self.shared_vocab_size]
         best, token_ids = logits.max(dim=-1)
         if not with_probs:
-            return Drafted(token_ids, None)
+            return NextTokens(token_ids, None)
         # How far is drafted follows from them, so they must be the same on all ranks, to the last bit.
         probs = (best.float() - logits.float().logsumexp(dim=-1)).exp()
-        return Drafted(token_ids, get_tp_group().broadcast(probs, src=0))
+        return NextTokens(token_ids, get_tp_group().broadcast(probs, src=0))
 
     def metadata(self, batch: DraftBatch, is_recorded: bool = False) -> Any:
         """The attention backend's, for `batch`; `is_recorded`: to be read by a CUDA graph whenever it is replayed."""
@@ -352,7 +352,7 @@ class SelfDraftModel(VLLMDraftModel):
         known = self._encoder_cache.get(payload.identifier)
         return super().encode(payload) if known is None else known.flatten(0, -2).clone()
 
-    def forward(self, batch: DraftBatch, with_probs: bool = False) -> Drafted:
+    def forward(self, batch: DraftBatch, with_probs: bool = False) -> NextTokens:
         target_caches = {name: layer.kv_cache for name, layer in self._layers.items()}
         try:
             for name, layer in self._layers.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,10 +23,12 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from vllm_lvspec.config import SELF
 from vllm_lvspec.draft.drafter import Drafter, DraftRequest, VisualItem
+from vllm_lvspec.draft.drafts import Drafts
 from vllm_lvspec.draft.length import StepCosts, smooth_costs
 from vllm_lvspec.draft.pruning import STRATEGIES, VisualGrid
 from vllm_lvspec.engine.arguments import lvspec_config
 from vllm_lvspec.engine.draft_model import PromptView, SelfDraftModel, VLLMDraftModel
+from vllm_lvspec.engine.placeholders import Placeholders
 from vllm_lvspec.engine.requests import end_ids
 from vllm_lvspec.verify.policies import POLICIES
 
@@ -54,6 +55,19 @@ class _Known:
     ends: frozenset[int]
 
 
+@dataclass
+class _Started:
+    """Drafts, and since when, by the device's clock.
+
+    `foretold`: seconds that their first tokens should take, and all further ones; `num_prompts` had to be read.
+    """
+
+    drafts: Drafts
+    begin: Any
+    foretold: tuple[float, float]
+    num_prompts: int
+
+
 class LVSpecProposer:
     """Drafts with a second Video-LLM that sees a pruned video."""
 
@@ -67,6 +81,10 @@ class LVSpecProposer:
         self._known: dict[str, _Known] = {}
         self._grids: OrderedDict[str, VisualGrid] = OrderedDict()
         self.block_table: BlockTable | None = None
+        self.placeholders = Placeholders()
+        self.draft_seconds = 0.0  # that the last step's drafts took, once they are finished
+        self._may_run_ahead = False
+        self._started: _Started | None = None  # and not finished
         # Prompts that the drafter had read, and seconds that it had taken for them, when their price was last taken.
         self._prompts_read: tuple[int, float] | None = None
 
@@ -224,6 +242,7 @@ class LVSpecProposer:
     def release(self, req_id: str, state: CachedRequestState | None = None) -> None:
         """Forget a request that was preempted, or has ended in `state`."""
         self._known.pop(req_id, None)
+        self.placeholders.forget(req_id)
         if self.drafter is None:
             return
         num_emitted = None
@@ -238,10 +257,15 @@ class LVSpecProposer:
         req_ids: Sequence[str],
         requests: Mapping[str, CachedRequestState],
         block_table: BlockTable,
+        may_run_ahead: bool,
     ) -> None:
-        """What `propose`, whose arguments vLLM fixes, needs to know of this step."""
+        """What `propose`, whose arguments vLLM fixes, needs to know of this step.
+
+        `may_run_ahead`: whether it may give placeholders for tokens at which the device still is.
+        """
         self._step = (scheduler_output, req_ids, requests)
         self.block_table = block_table
+        self._may_run_ahead = may_run_ahead
 
     def propose(
         self,
@@ -250,39 +274,61 @@ class LVSpecProposer:
         token_ids_cpu: np.ndarray,
         slot_mappings: Any = None,
     ) -> list[list[int]]:
-        """Drafted tokens per request of the batch; empty for requests that are still being prefilled."""
-        assert self.drafter is not None and self._step is not None
+        """Drafted tokens per request of the batch; empty for requests that are still being prefilled.
+
+        What was started before must have been finished.
+        """
+        assert self.drafter is not None and self._step is not None and self._started is None
         scheduler_output, req_ids, states = self._step
         self._step = None
+        self.draft_seconds = 0.0
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         indices = [i for i, sampled in enumerate(sampled_token_ids) if sampled]
         verified = scheduler_output.scheduled_spec_decode_tokens
         if not verified and self.drafter.rests([req_ids[i] for i in indices]):
             return drafts
-        started = time.perf_counter()
-        before, num_prompts = self._drafting(), self.drafter.counts["prefills"]
+        begin = self.drafter.clock.mark()
+        before, num_prompts = self._foretold(), self.drafter.counts["prefills"]
         lengths = num_tokens_no_spec[: len(sampled_token_ids)].tolist()
         batch = []
         for i in indices:
             token_ids, num_verified = token_ids_cpu[i, : lengths[i]], len(verified.get(req_ids[i], ()))
             batch.append(self._request(states[req_ids[i]], token_ids, sampled_token_ids[i], num_verified, i))
-        for i, draft in zip(
-            indices, self.drafter.propose(batch, scheduler_output.num_spec_tokens_to_schedule), strict=True
-        ):
+        started = self.drafter.start(batch, scheduler_output.num_spec_tokens_to_schedule)
+        first, further = (after - value for after, value in zip(self._foretold(), before, strict=True))
+        num_prompts = self.drafter.counts["prefills"] - num_prompts
+        self._started = _Started(started, begin, (first, further), num_prompts)
+        if self._may_run_ahead and self.drafter.runs_ahead:
+            tokens = self.placeholders.put([req_ids[i] for i in indices], started)
+        else:
+            self.finish()
+            tokens = started.tokens
+        for i, draft in zip(indices, tokens, strict=True):
             drafts[i] = draft
-        self._note_prompts()
-        first, further, seconds = (after - value for after, value in zip(self._drafting(), before, strict=True))
-        if first and self.drafter.counts["prefills"] == num_prompts:
-            num_drafted = sum(map(bool, drafts))
-            self._correct("first", num_drafted, time.perf_counter() - started - seconds, first)
-            if further:
-                self._correct("draft", num_drafted, seconds, further)
         return drafts
 
-    def _drafting(self) -> tuple[float, float, float]:
-        """Seconds that first and further tokens should have taken since the start, and that further ones took."""
+    def finish(self) -> None:
+        """Wait for the drafts that were started last, and learn what they took."""
+        if self._started is None:
+            return
+        started, self._started = self._started, None
         assert self.drafter is not None
-        return self.drafter.foretold_first, self.drafter.foretold_further, self.drafter.further_seconds
+        before = self.drafter.further_seconds
+        self.drafter.finish(started.drafts)
+        self._note_prompts()
+        self.draft_seconds = self.drafter.clock.seconds(started.begin, started.drafts.end)
+        further_seconds = self.drafter.further_seconds - before
+        first, further = started.foretold
+        if first and not started.num_prompts:
+            num_drafted = sum(map(bool, started.drafts.lengths))
+            self._correct("first", num_drafted, self.draft_seconds - further_seconds, first)
+            if further:
+                self._correct("draft", num_drafted, further_seconds, further)
+
+    def _foretold(self) -> tuple[float, float]:
+        """Seconds that first and further tokens should have taken since the start."""
+        assert self.drafter is not None
+        return self.drafter.foretold_first, self.drafter.foretold_further
 
     def _request(
         self, state: CachedRequestState, token_ids: np.ndarray, sampled: list[int], num_verified: int, row: int

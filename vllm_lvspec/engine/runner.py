@@ -73,9 +73,10 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         self._is_measuring = False
         self._undrafted: SpecDecodeMetadata | None = None  # of the last batch where nobody had a draft
         self._drafting: Callable[[], list[list[int]]] | None = None  # of the step whose drafts are not taken yet
-        # Of a step with nothing to prefill: its start, moved on by its drafting's time, its requests, their rows and
-        # tokens of context.
-        self._last_step: tuple[float, int, int, int] | None = None
+        self._drafts_begun = 0.0
+        self._counts_drafts = False  # whether the time that they take is one of `step_times`
+        # When the step before had its tokens, unless the engine may have waited since.
+        self._last_emitted: float | None = None
         self.verification = Verification(self)
         self.rejection_sampler = LVSpecRejectionSampler(
             self.sampler, self.speculative_config, self.device, self.verification
@@ -95,6 +96,8 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         self.scores.release(req_id)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        for request in scheduler_output.scheduled_new_reqs:  # a session that goes on has been here before
+            self.drafter.placeholders.forget(request.req_id)
         for req_id in scheduler_output.preempted_req_ids or ():
             self.drafter.release(req_id)
             self.verification.preempt(req_id)
@@ -139,7 +142,23 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             spec_decode_metadata = None
         if spec_decode_metadata is not None:
             self.rejection_sampler.batch = self.verification.batch(spec_decode_metadata)
+            if self.input_batch.sampling_metadata.output_token_ids:  # penalties and the like look at tokens on the host
+                self.drafter.finish()
+                self.drafter.placeholders.fill_lists(self.input_batch.req_ids, self.input_batch.spec_token_ids)
         return super()._sample(logits, spec_decode_metadata)
+
+    def _prepare_input_ids(
+        self,
+        scheduler_output: SchedulerOutput,
+        num_reqs: int,
+        total_num_scheduled_tokens: int,
+        cu_num_tokens: np.ndarray,
+    ) -> None:
+        super()._prepare_input_ids(scheduler_output, num_reqs, total_num_scheduled_tokens, cu_num_tokens)
+        if drafted := scheduler_output.scheduled_spec_decode_tokens:
+            self.drafter.placeholders.fill_inputs(
+                self.input_ids.gpu, self.input_batch.req_ids, drafted, cu_num_tokens[:num_reqs]
+            )
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         self.verification.begin_forward(kwargs.get("inputs_embeds"))
@@ -168,12 +187,11 @@ class LVSpecGPUModelRunner(GPUModelRunner):
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         self._drafting = None
-        is_decode = only_decodes(scheduler_output)
-        started = time.perf_counter()
-        if is_decode and self._last_step is not None:
-            self.drafter.note_step(started - self._last_step[0], *self._last_step[1:])
-        self._last_step = None
-        self._step_started = started if is_decode else None
+        self._step_started = time.perf_counter() if only_decodes(scheduler_output) else None
+        if not scheduler_output.total_num_scheduled_tokens:
+            self._finish_drafts()
+        if not scheduler_output.total_num_scheduled_tokens or scheduler_output.scheduled_new_reqs:
+            self._last_emitted = None  # the engine may wait for requests, or has waited
         self.scores.begin_step(scheduler_output)
         try:
             # A step without tokens ends here: requests that have ended are forgotten in it.
@@ -186,30 +204,50 @@ class LVSpecGPUModelRunner(GPUModelRunner):
     ) -> Any:
         # Drafts are made when the scheduler asks for them. By then the step's tokens, a prompt's first one among them,
         # are on their way to the clients and need not wait for the drafter, which may have the prompt to read.
-        if self._step_started is not None:
-            # The sampled tokens are on the host by now, and drafted ones will be, so its clock sees both parts.
-            self.step_times.steps += 1
-            self.step_times.target_seconds += time.perf_counter() - self._step_started
-            self.step_times.verify_seconds += self.verification.seconds
+        self._note_times(scheduler_output)
         sampled = [list(tokens) for tokens in sampled_token_ids]  # the scheduler cuts its own where answers end
         self._drafting = functools.partial(self._draft, scheduler_output, sampled, *args, **kwargs)
         return []
 
+    def _note_times(self, scheduler_output: SchedulerOutput) -> None:
+        """Of a step whose tokens are on the host, so that the device has nothing left to do."""
+        now = time.perf_counter()
+        seconds = self._finish_drafts()
+        if self._step_started is not None:
+            self.step_times.steps += 1
+            # It may have been launched while the device was drafting.
+            self.step_times.target_seconds += now - max(self._step_started, self._drafts_begun + seconds)
+            self.step_times.verify_seconds += self.verification.seconds
+            if self._last_emitted is not None:
+                context = int(self.input_batch.num_tokens_no_spec[: self.input_batch.num_reqs].sum())
+                num_requests = len(scheduler_output.num_scheduled_tokens)
+                num_rows = scheduler_output.total_num_scheduled_tokens
+                self.drafter.note_step(now - self._last_emitted - seconds, num_requests, num_rows, context)
+        self._last_emitted = now
+
+    def _finish_drafts(self) -> float:
+        """Seconds that the last ones took."""
+        self.drafter.finish()
+        if self._counts_drafts:
+            self.step_times.draft_seconds += self.drafter.draft_seconds
+            self._counts_drafts = False
+        return self.drafter.draft_seconds
+
     @torch.inference_mode()
     def _draft(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> list[list[int]]:
-        """Drafted tokens of each request of the step that was run last."""
+        """Drafted tokens of each request of the step that was run last, or placeholders."""
+        self._drafts_begun = time.perf_counter()
         self.drafter.begin_step(
-            scheduler_output, self.input_batch.req_ids, self.requests, self.input_batch.block_table[0]
+            scheduler_output,
+            self.input_batch.req_ids,
+            self.requests,
+            self.input_batch.block_table[0],
+            # A grammar has to see what it is asked to allow.
+            may_run_ahead=not scheduler_output.has_structured_output_requests,
         )
-        before = time.perf_counter()
         drafts = super().propose_draft_token_ids(scheduler_output, *args, **kwargs)
         if self._step_started is not None:
-            seconds = time.perf_counter() - before
-            self.step_times.draft_seconds += seconds
-            context = int(self.input_batch.num_tokens_no_spec[: self.input_batch.num_reqs].sum())
-            num_requests = len(scheduler_output.num_scheduled_tokens)
-            num_rows = scheduler_output.total_num_scheduled_tokens
-            self._last_step = self._step_started + seconds, num_requests, num_rows, context
+            self._counts_drafts = True
             self.step_times.requests += len(drafts)
             self.step_times.drafted_tokens += sum(len(draft) for draft in drafts)
         return drafts

@@ -1,0 +1,301 @@
+"""Drafts at which the device still is: the scheduler plans with their lengths, and no output is another one.
+
+CPUs do nothing later. Here they are told not to look at drafted tokens, as on a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness import Engine
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+from workload import QWEN, Request, generate_requests, token_ids, turn, video
+
+from vllm_lvspec.draft.drafts import Drafted, Drafts
+from vllm_lvspec.draft.length import RequestHistory
+from vllm_lvspec.engine.placeholders import Placeholders
+from vllm_lvspec.engine.runner import LVSpecGPUModelRunner
+from vllm_lvspec.reference import PAIRS
+
+NEW, OLD, VLLMS = "of the last step's drafts", "of an earlier step's", "vLLM's own"
+
+
+def drafts_of(lengths: list[int], rng: np.random.Generator) -> Drafts:
+    """Random drafts, in the drafter's order: by falling length."""
+    order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
+    made = Drafts(list(lengths), [[] for _ in lengths])
+    if order:
+        made.drafted = [Drafted(i, RequestHistory(), frozenset()) for i in order]
+        made.members = [np.arange(sum(length > n for length in lengths)) for n in range(max(lengths))]
+        made.token_ids = torch.from_numpy(rng.integers(1000, size=(max(lengths), len(order))))
+        for column, i in enumerate(order):
+            made.tokens[i] = made.token_ids[: lengths[i], column].tolist()
+    return made
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_token_comes_to_its_place_whenever_it_was_drafted(seed):
+    rng = np.random.default_rng(seed)
+    placeholders, drafted = Placeholders(), {}
+    for names in ("abcd", "bd", "cae"):  # the newest draft of each counts
+        lengths = rng.integers(5, size=len(names)).tolist()
+        made = drafts_of(lengths, rng)
+        assert placeholders.put(names, made) == [[-1] * n for n in lengths]
+        drafted |= {name: tokens for name, tokens in zip(names, made.tokens, strict=True) if tokens}
+    names = rng.permutation(list("abcdefg")).tolist()
+    scheduled: dict[str, list[int]] = {}
+    for name, tokens in drafted.items():
+        if count := int(rng.integers(len(tokens) + 1)):  # the budget may cut a draft
+            scheduled[name] = [-1] * count
+    scheduled["f"] = [7, 8]  # known to the scheduler
+    scheduled["g"] = [-1, -1]  # vLLM's own
+    counts = [1 + int(rng.integers(3)) * (name not in scheduled) + len(scheduled.get(name, ())) for name in names]
+    ends = np.cumsum(counts)
+    wanted = np.arange(2000, 2000 + ends[-1])
+    for name, end in zip(names, ends.tolist(), strict=True):
+        if name in scheduled and name not in "fg":
+            count = len(scheduled[name])
+            wanted[end - count : end] = drafted[name][:count]
+    input_ids = torch.arange(2000, 2000 + ends[-1] + 3, dtype=torch.int32)
+    placeholders.fill_inputs(input_ids, names, scheduled, ends)
+    assert input_ids.tolist() == [*wanted.tolist(), *range(2000 + ends[-1], 2003 + ends[-1])]
+
+    lists = [list(scheduled.get(name, ())) for name in names]
+    placeholders.fill_lists(names, lists)
+    known = {**drafted, "f": [7, 8], "g": [-1, -1]}
+    assert lists == [known[n][: len(scheduled[n])] if n in scheduled else [] for n in names]
+
+
+def test_drafts_that_some_leave_early_can_not_be_placed():
+    """As where drafted tokens are looked at, so that nobody needs to."""
+    made = drafts_of([3, 2], np.random.default_rng(0))
+    made.members = [np.array([0, 1]), np.array([1])]
+    with pytest.raises(AssertionError):
+        Placeholders().put(["a", "b"], made)
+
+
+def test_who_is_gone_leaves_nothing():
+    placeholders = Placeholders()
+    placeholders.put(["a", "b"], drafts_of([3, 2], np.random.default_rng(0)))
+    placeholders.forget("a")
+    placeholders.forget("unknown")
+    assert list(placeholders._drafts) == ["b"]
+
+
+@contextmanager
+def running_ahead(engine: Engine, yes: bool = True) -> Iterator[Counter[str]]:
+    """Drafts are placeholders, or not; counts whose they were when they came into the target's inputs."""
+    runner: LVSpecGPUModelRunner
+    (runner,) = engine.llm.collective_rpc(lambda worker: worker.model_runner)
+    placeholders = runner.drafter.placeholders
+    filled: Counter[str] = Counter()
+    newest: list[Drafts] = []
+    put, fill = placeholders.put, placeholders.fill_inputs
+
+    def watched_put(req_ids: Any, drafts: Drafts) -> list[list[int]]:
+        newest[:] = [drafts]
+        return put(req_ids, drafts)
+
+    def watched_fill(input_ids: torch.Tensor, req_ids: Any, scheduled: Any, ends: np.ndarray) -> None:
+        for name in req_ids:
+            if (tokens := scheduled.get(name)) and tokens[0] == -1:
+                draft = placeholders._drafts.get(name)
+                filled[VLLMS if draft is None else NEW if draft[0] is newest[0] else OLD] += len(tokens)
+        fill(input_ids, req_ids, scheduled, ends)
+
+    drafter = runner.drafter.drafter
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drafter, "sees_tokens", False)
+        patch.setattr(placeholders, "fill_inputs", watched_fill)
+        if yes:
+            patch.setattr(placeholders, "put", watched_put)
+        else:
+            patch.setattr(type(drafter), "runs_ahead", False)
+        yield filled
+    engine.stats()
+    assert not placeholders._drafts and runner.drafter._started is None
+
+
+@pytest.mark.parametrize("drafter", [0, 1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="plenty"),
+        # Prompts in chunks, too few pages for all, and in every second step no room for most drafts.
+        pytest.param({"max_num_batched_tokens": 96, "num_gpu_blocks_override": 19}, id="scarce"),
+    ],
+)
+def test_no_output_changes_where_the_scheduler_does_not_know_the_drafts(drafter, options, engines, oracle, monkeypatch):
+    count = 45
+    want = oracle(QWEN, count, 2)
+    engine = engines(QWEN, drafter=drafter, **options)
+    requests = generate_requests(QWEN, count, seed=2)
+    assert any(r.params.repetition_penalty != 1 for r in requests) and any(r.params.bad_words for r in requests)
+    if options:
+        let_drafts_wait(engine, monkeypatch)
+    before = engine.metric("num_preemptions")
+    accepted = {}
+    for yes in (True, False):
+        engine.llm.reset_prefix_cache()
+        num_accepted = engine.metric("spec_decode_num_accepted_tokens")
+        with running_ahead(engine, yes) as filled:
+            got = engine.run(requests, (8, 8, 3, 8, 1))
+        assert token_ids(got) == token_ids(want)
+        assert (filled[NEW] > 500) == yes
+        assert (filled[OLD] > 0) == (yes and bool(options))
+        accepted[yes] = engine.metric("spec_decode_num_accepted_tokens") - num_accepted
+    assert accepted[True] == accepted[False]
+    assert (engine.metric("num_preemptions") > before) == bool(options)
+    stats = engine.stats()
+    assert stats["pages_free"] == stats["pages_total"]
+
+
+def let_drafts_wait(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second step has room for some running requests only."""
+    scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
+    schedule, budget = scheduler.schedule, scheduler.max_num_scheduled_tokens
+    turn = itertools.cycle([budget, 20])
+
+    def narrow(*args: Any) -> Any:
+        scheduler.max_num_scheduled_tokens = next(turn)
+        return schedule(*args)
+
+    monkeypatch.setattr(scheduler, "max_num_scheduled_tokens", budget)
+    monkeypatch.setattr(scheduler, "schedule", narrow)
+
+
+@pytest.mark.parametrize("yes", [True, False])
+def test_requests_that_begin_with_one_token_have_placeholders_that_stand_for_nothing(yes, engines):
+    """Whose prompt but for a token is cached; vLLM fills them up to the number that others have."""
+    engine = engines(QWEN, drafter=0)
+    words = {"prompt_token_ids": [*([5, 7, 11, 13] * 40)[:64], 9]}  # of two blocks and one more
+    engine.llm.generate(words, greedy(1), use_tqdm=False)
+    others = generate_requests(QWEN, 4, seed=21)
+    for request in others:
+        request.params = greedy(60)
+    params = [greedy(20), SamplingParams(temperature=0, max_tokens=20, repetition_penalty=1.3)]
+    want = [engines(QWEN).llm.generate(words, p, use_tqdm=False)[0].outputs[0].token_ids for p in params]
+    engine = engines(QWEN, drafter=0)
+    core = engine.llm.llm_engine
+    answers: dict[str, list[int]] = {}
+    with running_ahead(engine, yes) as filled:
+        for i, request in enumerate(others):
+            core.add_request(f"other-{i}", request.inputs, request.params)
+        for step in range(10**4):
+            if step == 8:
+                for i, asked in enumerate(params):
+                    core.add_request(f"again-{i}", words, asked)
+            for output in core.step():
+                if output.finished:
+                    answers[output.request_id] = list(output.outputs[0].token_ids)
+            if step > 8 and not core.has_unfinished_requests():
+                break
+    assert filled[VLLMS] > 0
+    assert [answers[f"again-{i}"] for i in range(len(params))] == [list(tokens) for tokens in want]
+
+
+def test_grammars_see_what_they_are_asked_to_allow_and_others_go_on(engines):
+    """A step in which one request has a grammar is drafted for while the host waits, and then they mix."""
+    body = turn("user", QWEN.video + "Describe the video.") + "<|im_start|>assistant\n"
+    answers = ["a red circle moves", "a blue square slides to the left"]
+    choices = StructuredOutputsParams(choice=answers)
+    forced = SamplingParams(temperature=0, max_tokens=40, structured_outputs=choices)
+    free = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, presence_penalty=0.5)
+    requests = [
+        Request("video", body, {"video": [video(i)]}, forced if i == 1 else free.clone() if i % 2 else greedy(60))
+        for i in range(6)
+    ]
+    want = token_ids(engines(QWEN).run(requests))
+    engine = engines(QWEN, drafter=0)
+    with running_ahead(engine) as filled:
+        got = engine.run(requests)
+    assert token_ids(got) == want
+    assert got[1].outputs[0].text in answers
+    assert filled[NEW] > 100
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+def test_loose_answers_are_the_same_and_times_add_up(engines):
+    engine = engines(QWEN, pair=True, lvspec={"policy": "lvspec"})
+    frames = PAIRS[QWEN.checkpoint].num_frames
+    prompt = turn("user", QWEN.video + "Describe the video in detail.") + "<|im_start|>assistant\n"
+    requests = [
+        Request("video", prompt, {"video": [video(i, frames)]}, SamplingParams(temperature=t, seed=i, max_tokens=96))
+        for i in range(6)
+        for t in ((0.0, 1.0)[i % 2],)
+    ]
+    answers, drafted = {}, {}
+    for yes in (True, False):
+        engine.llm.reset_prefix_cache()
+        started, before = time.perf_counter(), step_times(engine)
+        with running_ahead(engine, yes) as filled:
+            answers[yes] = token_ids(engine.run(requests, (4, 2)))
+        spent = {name: value - before[name] for name, value in step_times(engine).items()}
+        assert bool(filled) == yes
+        assert spent["draft_seconds"] > 0 and 0 < spent["verify_seconds"] < spent["target_seconds"]
+        assert spent["draft_seconds"] + spent["target_seconds"] < time.perf_counter() - started
+        drafted[yes] = spent["drafted_tokens"], spent["steps"], spent["requests"]
+    assert answers[True] == answers[False]
+    assert drafted[True] == drafted[False] and drafted[True][0] > 200
+
+
+def step_times(engine: Engine) -> dict[str, float]:
+    return engine.llm.collective_rpc("lvspec_step_times")[0]
+
+
+def test_requests_that_are_gone_before_their_drafts_are_verified_harm_nobody(engines):
+    engine = engines(QWEN, drafter=1)
+    with running_ahead(engine):
+        engine.run_and_abort(generate_requests(QWEN, 18, seed=5), max_tokens=200, before_step=28)
+        fresh = generate_requests(QWEN, 8, seed=6)
+        got = token_ids(engine.run(fresh))
+    stats = engine.stats()
+    assert stats["pages_free"] == stats["pages_total"]
+    assert got == token_ids(engines(QWEN).run(fresh))
+
+
+@pytest.mark.two_ranks
+def test_two_ranks_put_the_same_tokens_into_their_inputs(engines: Callable[..., Engine], oracle):
+    count = 45
+    want = oracle(QWEN, count, 2)
+    engine = engines(QWEN, drafter=0, tensor_parallel_size=2, lvspec={"pruning": "none"})
+    engine.llm.collective_rpc(look_at_tokens, args=(False,))
+    engine.llm.collective_rpc(count_placeholders)
+    got = engine.run(generate_requests(QWEN, count, seed=2), (8, 1, 5))
+    stats = engine.stats()  # asserts that the ranks agree
+    engine.llm.collective_rpc(look_at_tokens, args=(True,))
+    assert token_ids(got) == token_ids(want)
+    first, second = engine.llm.collective_rpc(num_placeholders)
+    assert first == second == stats["drafted_tokens"] > 300
+    assert engine.metric("spec_decode_num_accepted_tokens") > 0.5 * stats["drafted_tokens"]
+
+
+def look_at_tokens(worker: Any, yes: bool) -> None:
+    worker.model_runner.drafter.drafter.sees_tokens = yes
+
+
+def count_placeholders(worker: Any) -> None:
+    placeholders = worker.model_runner.drafter.placeholders
+    put, worker.num_placeholders = placeholders.put, 0
+
+    def counted(req_ids: Any, drafts: Drafts) -> list[list[int]]:
+        worker.num_placeholders += sum(drafts.lengths)
+        return put(req_ids, drafts)
+
+    placeholders.put = counted
+
+
+def num_placeholders(worker: Any) -> int:
+    return worker.num_placeholders
