@@ -54,9 +54,9 @@ def oracle(engines: Callable[..., Engine]) -> Callable[[Family, int, int], list[
     answers: dict[tuple, list[RequestOutput]] = {}
 
     def ask(family: Family, count: int, seed: int) -> list[RequestOutput]:
-        key = (family.checkpoint, count, seed)
-        if key not in answers:
-            answers[key] = engines(family).run(generate_requests(family, count, seed))
-        return answers[key]
+        known = answers.setdefault((family.checkpoint, seed), [])
+        if len(known) < count:  # the first ones are the same, however many there are
+            known += engines(family).run(generate_requests(family, count, seed)[len(known) :])
+        return known[:count]
 
     return ask

@@ -42,6 +42,8 @@ class Engine:
         # run all processes.
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+            if not torch.cuda.is_available():  # where it would outweigh the option
+                patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
             if options.get("tensor_parallel_size", 1) == 2:
                 patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
             self.llm = LLM(target, **self._options(settings, options))
@@ -56,7 +58,7 @@ class Engine:
             "disable_log_stats": False,
             "limit_mm_per_prompt": {"video": 2, "image": 2},
             "speculative_config": settings if self.has_drafter else None,
-            **(GPU_SHARE if torch.cuda.is_available() else {}),
+            **(GPU_SHARE if torch.cuda.is_available() else {"kv_cache_memory_bytes": 2**28}),
             **options,
         }
 

@@ -34,7 +34,6 @@ from vllm_lvspec.engine.scoring import MAX_LAYERS, MAX_QUERIES
 from vllm_lvspec.reference import PAIRS
 from vllm_lvspec.reference.families import FAMILIES
 
-COUNT = 216  # requests of which `oracle` keeps the answers, for other files' tests, too
 SIZES = (1, 8, 3, 5, 2, 7, 4, 6)
 AS_FAR_AS_PAYS = {"draft_length": "adaptive", "only_if_faster": True}
 SELF = {"model": "self"}
@@ -86,9 +85,9 @@ VIEWS = [
 @pytest.mark.parametrize(("drafter", "settings"), VIEWS)
 def test_no_view_changes_an_output_whatever_is_scheduled(drafter, settings, engines, oracle):
     count, again = 72, 65
-    want = token_ids(oracle(QWEN, COUNT, 2)[:count])
+    want = token_ids(oracle(QWEN, count, 2))
     engine = engines(QWEN, drafter=drafter, lvspec=settings, **STRESS)
-    requests = generate_requests(QWEN, COUNT, seed=2)[:count]
+    requests = generate_requests(QWEN, count, seed=2)
     assert token_ids(engine.run(requests, (8, 8, 8, 8, 3, 8, 1))) == want
     assert engine.metric("num_preemptions") > 0
     # In so few pages a video lasts from one request to the next at most.
@@ -109,9 +108,9 @@ def test_no_view_changes_an_output_whatever_is_scheduled(drafter, settings, engi
 )
 def test_no_view_changes_an_output_of_the_other_family(drafter, settings, engines, oracle):
     count = 36
-    want = oracle(LLAVA, COUNT, 2)[:count]
+    want = oracle(LLAVA, count, 2)
     engine = engines(LLAVA, drafter=drafter, lvspec=settings)
-    got = engine.run(generate_requests(LLAVA, COUNT, seed=2)[:count], SIZES)
+    got = engine.run(generate_requests(LLAVA, count, seed=2), SIZES)
     assert token_ids(got) == token_ids(want)
     stats = engine.stats()
     assert stats["drafted_tokens"] > 500
@@ -176,11 +175,11 @@ def nothing_left(engine: Engine) -> None:
 
 def test_drafts_as_long_as_they_pay_change_no_output(engines, oracle):
     count = 72
-    want = oracle(QWEN, COUNT, 2)[:count]
+    want = oracle(QWEN, count, 2)
     engine = engines(QWEN, drafter=0, lvspec={**AS_FAR_AS_PAYS, "pruning": "attention"}, **STRESS)
     costs = runner_of(engine).drafter.drafter.costs
     assert all(seconds > 0 for seconds in (*costs.target, *costs.draft))
-    got = engine.run(generate_requests(QWEN, COUNT, seed=2)[:count], (8, 3, 8, 1))
+    got = engine.run(generate_requests(QWEN, count, seed=2), (8, 3, 8, 1))
     assert token_ids(got) == token_ids(want)
     # How much is drafted hangs on the machine; on any it is drafted or said why not.
     stats = engine.stats()
@@ -207,17 +206,10 @@ def test_nothing_is_drafted_behind_what_ends_an_answer(cache, engines):
 
 
 @pytest.mark.two_ranks
-@pytest.mark.parametrize(
-    ("drafter", "settings"),
-    [
-        pytest.param(0, {"pruning": "attention"}, id="attention"),
-        pytest.param(None, {**SELF, "pruning_ratio": 0.5}, id="self"),
-    ],
-)
-def test_two_ranks_give_what_one_gives(drafter, settings, engines, oracle):
+def test_a_target_of_two_ranks_drafts_for_itself_and_says_what_one_says(engines, oracle):
     count = 45
     want = oracle(QWEN, count, 2)
-    engine = engines(QWEN, drafter=drafter, tensor_parallel_size=2, lvspec=settings)
+    engine = engines(QWEN, tensor_parallel_size=2, lvspec={**SELF, "pruning": "attention", "pruning_ratio": 0.5})
     got = engine.run(generate_requests(QWEN, count, seed=2), (8, 1, 5))
     assert token_ids(got) == token_ids(want)
     stats = engine.stats()  # asserts that the ranks agree
@@ -264,6 +256,7 @@ def test_two_ranks_draft_as_far_by_the_clock_of_one(engines, oracle):
     got += engine.run(requests[20:], (8, 1, 5))
     stats = engine.stats()
     assert stats["drafted_tokens"] + stats["skipped_cost"] > drafted
+    assert stats["pages_free"] == stats["pages_total"]
     assert token_ids(got) == token_ids(want)
     first, second = engine.llm.collective_rpc(corrections_of)
     assert first == second
@@ -745,7 +738,7 @@ def refuse(*args: Any) -> KVLayout:
 
 
 def test_where_keys_cannot_be_read_videos_are_pruned_uniformly(fresh, oracle, monkeypatch):
-    want = oracle(QWEN, COUNT, 2)[:18]
+    want = oracle(QWEN, 18, 2)
     warnings: list[str] = []
     monkeypatch.setattr(scoring.logger, "warning", lambda message, *args: warnings.append(message % args))
     monkeypatch.setattr(scoring, "KVLayout", refuse)
@@ -753,7 +746,7 @@ def test_where_keys_cannot_be_read_videos_are_pruned_uniformly(fresh, oracle, mo
     assert len(warnings) == 1
     assert "pruning=attention" in warnings[0] and "a layout that nobody knows" in warnings[0]
     assert "uniformly" in warnings[0]
-    requests = generate_requests(QWEN, COUNT, seed=2)[:18]
+    requests = generate_requests(QWEN, 18, seed=2)
     assert token_ids(engine.run(requests)) == token_ids(want)
     stats = engine.stats()
     assert len(warnings) == 1
@@ -765,7 +758,7 @@ def test_where_keys_cannot_be_read_videos_are_pruned_uniformly(fresh, oracle, mo
 
 
 def test_where_a_cache_cannot_be_copied_the_target_computes_what_it_sees(fresh, oracle, monkeypatch):
-    want = oracle(QWEN, COUNT, 2)[:18]
+    want = oracle(QWEN, 18, 2)
     warnings: list[str] = []
     warn = lambda message, *args: warnings.append(message % args)  # noqa: E731
     monkeypatch.setattr(draft_model.logger, "warning_once", warn)
@@ -773,7 +766,7 @@ def test_where_a_cache_cannot_be_copied_the_target_computes_what_it_sees(fresh, 
     engine = fresh(None, lvspec=SELF)
     assert [w for w in warnings if "self_cache=copy" in w and "a layout that nobody knows" in w]
     assert not runner_of(engine).drafter.drafter.model.copies
-    got = engine.run(generate_requests(QWEN, COUNT, seed=2)[:18])
+    got = engine.run(generate_requests(QWEN, 18, seed=2))
     assert token_ids(got) == token_ids(want)
     assert engine.stats()["drafted_tokens"] > 100
 
@@ -805,12 +798,12 @@ def test_a_drafter_runs_the_kernels_that_vllm_has_for_models_that_are_not_compil
     monkeypatch.setattr(norm, "impls", dict(norm.impls))
     monkeypatch.setattr(current_platform, "get_default_ir_op_priority", default)
     norm.register_impl("spied")(spied)
-    want = oracle(QWEN, COUNT, 2)[:6]
+    want = oracle(QWEN, 6, 2)
     engine = fresh(1)
     assert norm.get_priority() == ["native"]
     weights = {p.data_ptr() for p in runner_of(engine).drafter.drafter.model.model.parameters()}
     calls.clear()
-    got = engine.run(generate_requests(QWEN, COUNT, seed=2)[:6])
+    got = engine.run(generate_requests(QWEN, 6, seed=2))
     assert token_ids(got) == token_ids(want)
     stats = engine.stats()
     assert stats["drafted_tokens"] > 30

@@ -31,8 +31,9 @@ def chi_square_p_value(first: Counter, second: Counter, least: int = 12) -> floa
 
 
 def test_the_distribution_is_that_of_the_target_alone(engines):
-    plain = engines(QWEN)
-    with_drafter = engines(QWEN, drafter=0, lvspec={"pruning": "none", "num_speculative_tokens": 2})
+    plain = engines(QWEN, max_num_seqs=64)
+    drafts = {"pruning": "none", "num_speculative_tokens": 2}
+    with_drafter = engines(QWEN, drafter=0, lvspec=drafts, max_num_seqs=64)
     for temperature, top_k, top_p in ((1.5, 8, 0.95), (2.0, 3, 1.0)):
         ours = draw(with_drafter, temperature, top_k, top_p)
         theirs = draw(plain, temperature, top_k, top_p)

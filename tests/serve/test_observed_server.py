@@ -16,14 +16,7 @@ import httpx
 import hypothesis.strategies as st
 import openai
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, given, settings
-from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import (
-    content_type_conformance,
-    response_schema_conformance,
-    status_code_conformance,
-)
 from typer.testing import CliRunner
 
 from vllm_lvspec.cli import app
@@ -209,26 +202,6 @@ def test_any_request_to_the_routes_is_answered_or_refused(server, method, route,
     if reply.status_code == 404 and method == "GET":
         assert reply.json()
     assert server.process.poll() is None
-
-
-@pytest.fixture(scope="module")
-def described(server):
-    schema = schemathesis.openapi.from_dict(get(server, "/openapi.json"))
-    schema.config.update(base_url=server.url)
-    return schema
-
-
-@pytest.mark.parametrize("path", ["/v1/lvspec/stats", "/v1/lvspec/trace/{request_id}"])
-def test_whatever_is_asked_by_the_description_is_answered_as_described(path, server, described):
-    checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-
-    @settings(max_examples=800, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(case=described[path]["GET"].as_strategy())
-    def ask_it(case):
-        case.call_and_validate(headers={"Authorization": f"Bearer {KEY}"}, checks=checks, timeout=60)
-        assert server.process.poll() is None
-
-    ask_it()
 
 
 def test_the_routes_are_described_with_those_of_vllm(server):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import cv2
@@ -18,8 +19,16 @@ import numpy as np
 import openai
 import psutil
 import pytest
+import schemathesis
 import torch
+from hypothesis import HealthCheck, given, settings
 from PIL import Image
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 
 from vllm_lvspec.bench.videofacts.scene import Scene
 from vllm_lvspec.demo import QUESTION, bundled_clips
@@ -41,20 +50,25 @@ def serve_on(ranks: int, *arguments: str):
         TARGET, *arguments, "--max-model-len", "1024", "--max-num-seqs", "4", "--dtype", "float32", "--enforce-eager",
         "--served-model-name", "reference", "--allowed-local-media-path", str(CLIPS),
         *GPU_SHARE, *PAIRS["qwen2_5_vl"].server_arguments, "--tensor-parallel-size", str(ranks),
-        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if ranks == 2 else {},
+        environment={"VLLM_PLUGINS": "lvspec", **({"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if ranks == 2 else {})},
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=RANKS)
-def server(request):
+def ranks(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def server(ranks):
     with serve_on(
-        request.param, "--speculative-config", '{"method": "lvspec", "only_if_faster": false}',
+        ranks, "--speculative-config", '{"method": "lvspec", "only_if_faster": false, "trace": 3}',
         "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
     ) as running:  # fmt: skip
         yield running
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(server):
     return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
 
@@ -107,13 +121,14 @@ def test_sampling_options_behave(client):
     stopped = ask(client, video, stop=[word], **STRICT).choices[0]
     assert stopped.finish_reason == "stop"
     assert stopped.message.content == plain[: plain.index(word)]
-    several = ask(client, video, n=3, temperature=1.0, seed=5)
+    several = ask(client, video, n=3, temperature=1.0, seed=5, max_tokens=32)
     assert len({c.message.content for c in several.choices}) > 1
     logged = ask(client, video, logprobs=True, top_logprobs=2, max_tokens=20, **STRICT).choices[0]
     assert "".join(t.token for t in logged.logprobs.content) == logged.message.content
     assert all(t.logprob >= max(x.logprob for x in t.top_logprobs) - 1e-6 for t in logged.logprobs.content)
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-    forced = ask(client, video, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    forced = ask(client, video, response_format=asked, max_tokens=64)
     text = forced.choices[0].message.content
     assert text.lstrip().startswith("{")
     if forced.choices[0].finish_reason == "stop":
@@ -125,17 +140,18 @@ def test_the_server_says_that_it_is_lossy_and_a_request_can_be_strict_or_looser(
     video = message(QUESTION, CLIP.as_uri())
     before = server.metric("vllm:spec_decode_num_drafts_total"), server.metric("vllm:generation_tokens_total")
     strict, loose, zero = (
-        ask(client, video, extra_body={"vllm_xargs": asked}).choices[0].message.content
+        ask(client, video, extra_body={"vllm_xargs": asked}, max_tokens=96).choices[0].message.content
         for asked in ({"lvspec_policy": "strict"}, {"lvspec_relaxation": 0.9}, {"lvspec_relaxation": 0})
     )
     assert strict == zero != loose
     assert server.metric("vllm:spec_decode_num_drafts_total") > before[0]
     tool = {"type": "function", "function": {"name": "note", "parameters": {"type": "object", "properties": {}}}}
-    assert ask(client, video, tools=[tool], tool_choice="none").choices[0].message.content
+    assert ask(client, video, tools=[tool], tool_choice="none", max_tokens=8).choices[0].message.content
     # With tools that it may call, the model is verified strictly; what it says is what it says when asked to be strict.
     asked = {"vllm_xargs": {"lvspec_policy": "strict"}}
-    called = ask(client, video, tools=[tool]).choices[0].message
-    assert called.content == ask(client, video, tools=[tool], extra_body=asked).choices[0].message.content
+    called = ask(client, video, tools=[tool], max_tokens=96).choices[0].message
+    strict = ask(client, video, tools=[tool], extra_body=asked, max_tokens=96).choices[0].message
+    assert called.content == strict.content
 
 
 @pytest.mark.parametrize(
@@ -174,7 +190,7 @@ def test_a_corrupt_video_is_a_4xx_and_the_server_lives(data, client, server):
         ask(client, message(QUESTION, data_url(data)))
     assert 400 <= caught.value.status_code < 500
     assert server.is_healthy()
-    assert ask(client, message(QUESTION, CLIP.as_uri())).choices[0].message.content
+    assert ask(client, message(QUESTION, CLIP.as_uri()), max_tokens=8).choices[0].message.content
 
 
 def video(tmp_path, num_frames, width, height):
@@ -205,7 +221,7 @@ def test_a_video_of_any_size_is_answered_or_a_4xx_and_the_server_lives(
     status, answer = answer_or_status(client, message(QUESTION, video(tmp_path, num_frames, width, height)))
     assert 400 <= status < 500 or (status == 200 and num_frames > 0 and answer.usage.completion_tokens == 8)
     assert server.is_healthy()
-    assert ask(client, message(QUESTION, CLIP.as_uri())).choices[0].message.content
+    assert ask(client, message(QUESTION, CLIP.as_uri()), max_tokens=8).choices[0].message.content
 
 
 def test_an_image_of_one_pixel_is_answered_or_a_4xx_and_the_server_lives(client, server):
@@ -215,13 +231,29 @@ def test_an_image_of_one_pixel_is_answered_or_a_4xx_and_the_server_lives(client,
     status, _ = answer_or_status(client, pixels)
     assert status == 200 or 400 <= status < 500
     assert server.is_healthy()
-    assert ask(client, message(QUESTION, CLIP.as_uri())).choices[0].message.content
+    assert ask(client, message(QUESTION, CLIP.as_uri()), max_tokens=8).choices[0].message.content
 
 
 def test_a_prompt_that_is_too_long_is_a_400(client, server):
     with pytest.raises(openai.BadRequestError):
         ask(client, message("the red circle moves " * 600, CLIP.as_uri()))
     assert server.is_healthy()
+
+
+@pytest.mark.parametrize("path", ["/v1/lvspec/stats", "/v1/lvspec/trace/{request_id}"])
+def test_whatever_is_asked_by_the_description_is_answered_as_described(path, server, ranks):
+    with urllib.request.urlopen(server.url + "/openapi.json", timeout=60) as reply:
+        described = schemathesis.openapi.from_dict(json.load(reply))
+    described.config.update(base_url=server.url)
+    checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+
+    @settings(max_examples=800 if ranks == 1 else 16, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(case=described[path]["GET"].as_strategy())
+    def ask_it(case):
+        case.call_and_validate(checks=checks, timeout=60)
+        assert server.process.poll() is None
+
+    ask_it()
 
 
 def test_cancelled_streams_leave_nothing_running_and_others_unharmed(client, server):
@@ -247,28 +279,27 @@ def test_cancelled_streams_leave_nothing_running_and_others_unharmed(client, ser
     assert server.metric("vllm:num_requests_running") == 0
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_a_killed_worker_ends_the_server_and_no_request_hangs(ranks):
-    with serve_on(ranks, "--speculative-config", "lvspec") as running:
-        client = openai.OpenAI(base_url=running.url + "/v1", api_key="none", max_retries=0, timeout=120)
-        options = {"max_tokens": 800, "extra_body": {"ignore_eos": True}}
-        stream = ask(client, message(QUESTION, CLIP.as_uri()), stream=True, **options)
-        next(iter(stream))
-        family = psutil.Process(running.process.pid).children(recursive=True)
-        workers = [process for process in family if "Worker" in "".join(process.cmdline())]
-        assert len(workers) == ranks
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            waiting = pool.submit(ask, client, message(QUESTION, CLIP.as_uri()), **options)
-            workers[-1].kill()
-            with pytest.raises(openai.OpenAIError):
-                waiting.result(timeout=120)
-        # What has begun ends, with an error or the connection; nobody waits for ever.
-        with pytest.raises((openai.OpenAIError, httpx.HTTPError)):
-            for _ in stream:
-                pass
-        running.process.wait(timeout=120)
-        _, alive = psutil.wait_procs(family, timeout=30)
-        assert not alive
+def test_a_killed_worker_ends_the_server_and_no_request_hangs(client, server, ranks):
+    """The last that is done to a server."""
+    asking = client.with_options(timeout=120)
+    options = {"max_tokens": 800, "extra_body": {"ignore_eos": True}}
+    stream = ask(asking, message(QUESTION, CLIP.as_uri()), stream=True, **options)
+    next(iter(stream))
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    workers = [process for process in family if "Worker" in "".join(process.cmdline())]
+    assert len(workers) == ranks
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting = pool.submit(ask, asking, message(QUESTION, CLIP.as_uri()), **options)
+        workers[-1].kill()
+        with pytest.raises(openai.OpenAIError):
+            waiting.result(timeout=120)
+    # What has begun ends, with an error or the connection; nobody waits for ever.
+    with pytest.raises((openai.OpenAIError, httpx.HTTPError)):
+        for _ in stream:
+            pass
+    server.process.wait(timeout=120)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
 
 
 def test_a_wrong_setting_ends_vllm_serve_with_one_line():

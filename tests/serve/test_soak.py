@@ -4,8 +4,7 @@ import pytest
 import soak
 
 
-@pytest.mark.two_ranks
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.two_ranks)])
 def test_a_mixed_load_is_answered_refused_or_aborted_and_leaves_nothing_behind(ranks):
     result = soak.run(seconds=20, concurrency=16, seed=ranks, tensor_parallel_size=ranks, num_videos=1)
     assert result.is_fine, "\n".join(result.lines())

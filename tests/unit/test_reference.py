@@ -1,5 +1,6 @@
 """The reference pairs' inputs: tokenizer, pixels, positions, and what training teaches."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -223,7 +224,9 @@ def test_what_is_trained_on_is_what_the_chat_template_writes(name, tokenizer, tm
     from transformers import AutoTokenizer
 
     family = FAMILIES[name]
-    family.save_checkpoint(family.build_model(family.SHAPES["draft"], tokenizer), build_tokenizer(), str(tmp_path))
+    family.save_checkpoint(
+        family.build_model(family.SHAPES["draft"], tokenizer), copy.deepcopy(tokenizer), str(tmp_path)
+    )
     content = [{"type": "video"}, {"type": "text", "text": "What?"}]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     theirs, turned = (
@@ -235,11 +238,12 @@ def test_what_is_trained_on_is_what_the_chat_template_writes(name, tokenizer, tm
 
 
 @pytest.fixture
-def trained(tmp_path, monkeypatch):
+def trained(tmp_path, monkeypatch, tokenizer):
     """Train a drafter for three steps of one video each in a folder; its weights and its log."""
     from safetensors.torch import load_file
 
     monkeypatch.setattr(train, "CHECKPOINT_STEPS", 2)
+    monkeypatch.setattr(train, "build_tokenizer", lambda: copy.deepcopy(tokenizer))
 
     def run(folder: str, stop_after: int | None = None, **changes):
         done = 0
