@@ -130,6 +130,27 @@ def test_batches_that_no_graph_is_for_are_run(model):
         assert graphs.hidden(model.decode_batch(2, 5, 2)).shape[0] == 4
 
 
+def test_a_plan_that_is_written_on_the_host_waits_until_the_last_one_was_copied(model, monkeypatch):
+    log: list[str] = []
+
+    class Event:
+        def record(self) -> None:
+            log.append("record")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(model, "_planned", None)
+    batch = model.decode_batch(2, 5)
+    model.metadata(batch)
+    assert not log
+    monkeypatch.setattr(model, "_plans_on_host", True)
+    for _ in range(2):
+        model.metadata(batch)
+    assert log == ["record", "wait", "record"]
+
+
 def test_no_more_rows_than_requests_are_recorded(model):
     assert model.vllm_config.scheduler_config.max_num_seqs == 8
     assert DecodeGraphs(model, SIZES).sizes == [1, 2, 4, 8]

@@ -125,13 +125,16 @@ def running_ahead(engine: Engine, yes: bool = True) -> Iterator[Counter[str]]:
     assert not placeholders._drafts and runner.drafter._started is None
 
 
-@pytest.mark.parametrize("drafter", [0, 1])
+# Prompts in chunks, too few pages for all, and in every second step no room for most drafts.
+SCARCE = {"max_num_batched_tokens": 96, "num_gpu_blocks_override": 19}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("drafter", "options"),
     [
-        pytest.param({}, id="plenty"),
-        # Prompts in chunks, too few pages for all, and in every second step no room for most drafts.
-        pytest.param({"max_num_batched_tokens": 96, "num_gpu_blocks_override": 19}, id="scarce"),
+        pytest.param(0, {}, id="plenty"),
+        pytest.param(0, SCARCE, id="scarce"),
+        pytest.param(1, SCARCE, id="scarce and mostly rejected"),
     ],
 )
 def test_no_output_changes_where_the_scheduler_does_not_know_the_drafts(drafter, options, engines, oracle, monkeypatch):

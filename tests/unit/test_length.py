@@ -320,6 +320,22 @@ def test_costs_are_corrected_by_what_steps_of_about_as_many_requests_take():
     assert faded.draft == pytest.approx(costs.draft, rel=0.01)
 
 
+def test_steps_of_which_a_part_is_done_while_the_drafter_runs_are_foretold_by_themselves():
+    costs, corrections = StepCosts([1, 100], [1.0, 1.0], [0.01, 0.01]), Corrections()
+    load = Load(1, 1, 0.0, 0.0, 0.0)
+
+    def saved() -> float:
+        return seconds_saved(corrections.applied(costs, 1, 1), load, 10, 2.0)
+
+    corrections.correct("verification", 1, 2.0)  # nothing else is known yet
+    assert saved() == pytest.approx(2.0 - LEAST_GAIN * (2.0 + 0.1) / 2)
+    corrections.correct("target", 1, 3.0 / 2.0)  # of which the host's part is not hidden
+    assert corrections.factor("target", 1) == pytest.approx(3.0)
+    assert saved() == pytest.approx(3.0 - LEAST_GAIN * (2.0 + 0.1) / 2)
+    corrections.correct("draft", 1, 2.0)
+    assert saved() == pytest.approx(3.0 - LEAST_GAIN * (2.0 + 0.1 + 0.1 * 0.9) / 2, abs=0.02)
+
+
 def test_corrections_stay_within_reason():
     costs, corrections = StepCosts([1], [1.0], [0.1]), Corrections()
     for _ in range(10):

@@ -478,6 +478,8 @@ def _walk(llm: Any, place: _Place, options: GrowthOptions, steered: SteeredDraft
 
     while len(told) < len(names):
         step()
+    if steered is not None:  # the device may still be at the drafter's part
+        llm.collective_rpc(_finish_drafts)
     prompt_seconds = time.perf_counter() - started
     marks: dict[int, tuple[float, dict[int, list[float]]]] = {}
     for mark in place.output_tokens:
@@ -514,6 +516,10 @@ def _sized(sample: Sample, size: Size) -> Video:
     frames, _ = sample.load_video()
     picks = [np.arange(new) * old // new for new, old in zip(size, frames.shape, strict=False)]
     return video_item(frames[np.ix_(*picks)])
+
+
+def _finish_drafts(worker: Any) -> None:
+    worker.model_runner.drafter.finish()
 
 
 def _draft_seconds(llm: Any) -> float | None:

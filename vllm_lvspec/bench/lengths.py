@@ -22,6 +22,7 @@ from rich.table import Table
 from vllm_lvspec.bench.run import prompt_writer, running_engine, turned
 from vllm_lvspec.bench.samples import Sample, videofacts
 from vllm_lvspec.config import METHOD
+from vllm_lvspec.draft.drafts import Drafts
 from vllm_lvspec.reference import PAIRS
 from vllm_lvspec.reference.upscale import upscaled
 
@@ -53,17 +54,15 @@ class SteeredDrafter:
 
     def __init__(self, llm: Any):
         (self.drafter,) = llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter)
-        self._propose, self._rests, self._length = self.drafter.propose, self.drafter.rests, 0
-        self.drafter.propose = self._propose_as_far
+        self._start, self._rests, self._length = self.drafter.start, self.drafter.rests, 0
+        self.drafter.start = self._start_as_far
         self.drafter.rests = lambda req_ids: not self._length or self._rests(req_ids)
 
     def set_length(self, length: int) -> None:
         self._length = length
 
-    def _propose_as_far(self, requests: Sequence[Any], most: int) -> list[list[int]]:
-        if not self._length and not any(request.num_verified for request in requests):
-            return [[] for _ in requests]
-        return self._propose(requests, min(most, self._length))  # of none it still hears what was refused
+    def _start_as_far(self, requests: Sequence[Any], most: int) -> Drafts:
+        return self._start(requests, min(most, self._length))  # of none it still hears what was refused
 
 
 def ways(lengths: Sequence[int]) -> dict[str, Way]:

@@ -49,8 +49,7 @@ def measure(
         engines = {WITHOUT: without, WITH: llm}
         runners = {name: one.collective_rpc(lambda worker: worker.model_runner)[0] for name, one in engines.items()}
         if drafts is None:
-            drafter = runners[WITH].drafter.drafter
-            drafter.propose, drafter.rests = lambda requests, most: [[] for _ in requests], lambda req_ids: True
+            runners[WITH].drafter.drafter.rests = lambda req_ids: True
         profiles = {name: StepProfile(runner) for name, runner in runners.items()}
         write = prompt_writer(without)
         for number, group in enumerate(groups):

@@ -142,7 +142,7 @@ class PolicyResult(Figures):
     )
     draft_prefill_seconds: float | None = Field(
         description="the drafter's seconds per answer for its view of the prompt: encoding, choosing, and reading what "
-        "is kept or copying it; by the host's clock; null for peers that are not ours"
+        "is kept or copying it; by the device's clock; null for peers that are not ours"
     )
     scoring_seconds: float | None = Field(
         description="the target's seconds per answer for scores of visual tokens, where the strategy asks for them; by "

@@ -63,7 +63,8 @@ class StepCosts:
     context that all requests' attention reads in it; `target_per_row_context`: more per token of context and row beyond
     a request's first, which is nothing where attention waits for memory; `prompt`: of the drafter's with one request's
     prompt; `first`: times as long as a further drafted token the first one takes, with all that is done for drafts of
-    any length."""
+    any length; `verification`: times as long as by the others a step of the target with drafts takes, of which a part
+    may be done while the drafter runs."""
 
     rows: Sequence[int]
     target: Sequence[float]
@@ -73,14 +74,15 @@ class StepCosts:
     target_per_row_context: float = 0.0
     prompt: float = 0.0
     first: float = 1.0
+    verification: float = 1.0
 
     def faded(self, num_steps: int) -> StepCosts:
         """The price of prompts a little lower: it is not taken again while none is read."""
         return replace(self, prompt=_SLOW_FADING**num_steps * self.prompt)
 
-    def scaled(self, target: float, draft: float, first: float) -> StepCosts:
-        """Of a machine that takes so many times as long for the target's part of a step, and for the drafter's further
-        tokens and first ones."""
+    def scaled(self, target: float, verification: float, draft: float, first: float) -> StepCosts:
+        """Of a machine that takes so many times as long for the target's part of a step, without drafts and with them,
+        and for the drafter's further tokens and first ones."""
         return replace(
             self,
             target=[target * seconds for seconds in self.target],
@@ -89,6 +91,7 @@ class StepCosts:
             draft_per_context=draft * self.draft_per_context,
             target_per_row_context=target * self.target_per_row_context,
             first=first / draft * self.first,
+            verification=verification / target * self.verification,
         )
 
     def of_target(self, rows: float | np.ndarray, context: float | np.ndarray = 0.0) -> Any:
@@ -127,8 +130,9 @@ def seconds_saved(costs: StepCosts, load: Load, length: int | np.ndarray, tokens
     num, drafting = load.num_requests, load.num_drafting
     alone = costs.of_target(num, load.target_context)
     step = (costs.first + length - 1) * costs.of_draft(drafting, load.draft_context)
-    step += costs.of_target(num + drafting * length, load.target_context)
-    step += costs.target_per_row_context * length * load.verified_context
+    verified = costs.of_target(num + drafting * length, load.target_context)
+    verified += costs.target_per_row_context * length * load.verified_context
+    step += costs.verification * verified
     return alone / num - LEAST_GAIN * step / (num - drafting + drafting * tokens)
 
 
@@ -168,6 +172,9 @@ def _interpolate(xs: Sequence[float], ys: Sequence[float], x: float | np.ndarray
     return np.interp(x, xs, ys) + slope * np.maximum(np.subtract(x, xs[-1]), 0.0)
 
 
+_OTHER_PART = {"target": "verification", "verification": "target"}
+
+
 class Corrections:
     """How many times as long as foretold steps take, by the last few of about as many requests.
 
@@ -183,8 +190,11 @@ class Corrections:
 
     def factor(self, part: str, num_requests: int) -> float:
         """How many times as long as by the table that part takes in steps of so many requests, or of those next to as
-        many of which it is known."""
+        many of which it is known. What is known of no step of the target without drafts is taken from those with them,
+        and the other way round."""
         size = num_requests.bit_length()
+        if part in _OTHER_PART and not any(p == part for p, _ in self._factors):
+            part = _OTHER_PART[part]
         known = (abs(size - other) for p, other in self._factors if p == part)
         if (part, size) not in self._factors and (distance := min(known, default=None)) is not None:
             size += distance if (part, size + distance) in self._factors else -distance
@@ -196,7 +206,8 @@ class Corrections:
         before, corrected = self._applied.get(sizes, (None, costs))
         if before is not costs:
             drafter = (self.factor(part, num_drafting) for part in ("draft", "first"))
-            corrected = costs.scaled(self.factor("target", num_requests), *drafter)
+            target = (self.factor(part, num_requests) for part in ("target", "verification"))
+            corrected = costs.scaled(*target, *drafter)
             self._applied[sizes] = costs, corrected
         return corrected
 

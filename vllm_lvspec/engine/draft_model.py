@@ -38,6 +38,7 @@ from vllm_lvspec.draft.pages import PagePool
 from vllm_lvspec.engine.compatibility import draft_model_config, draft_vllm_config, unfit_quantization
 from vllm_lvspec.engine.decode_graphs import (
     MOST_TOKENS,
+    PLANS_ON_HOST,
     DecodeGraphs,
     forget_graphs,
     has_graphs,
@@ -67,6 +68,9 @@ class VLLMDraftModel:
     model: Any
     graphs: DecodeGraphs | None = None  # of its decode steps
     _wants_graphs = False
+    # Whether the backend's plan of a step is written where that of the one before may not have been copied from.
+    _plans_on_host = False
+    _planned: torch.cuda.Event | None = None
     # What its forwards run in: kernels of its own, where those that the worker has chosen are for a compiled target.
     _kernels: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -135,6 +139,7 @@ class VLLMDraftModel:
         self.group = AttentionGroup(backend=backend, layer_names=names, kv_cache_spec=spec, kv_cache_group_id=0)
         kernel_sizes = prepare_kernel_block_sizes(kv_config, [[self.group]])
         self._wants_graphs = self._wants_graphs and prepare_for_graphs(self.vllm_config, backend, spec)
+        self._plans_on_host = self.device.type == "cuda" and backend.get_name() in PLANS_ON_HOST
         self.group.create_metadata_builders(self.vllm_config, self.device, kernel_block_size=kernel_sizes[0])
         layout = cache_config.get_resolved_kv_cache_layout()
         self.caches = allocate_kv_cache(kv_config, self.device, layout, kernel_sizes)
@@ -204,7 +209,15 @@ class VLLMDraftModel:
             seq_lens_cpu_upper_bound=batch.seq_lens_cpu,
         )
         builder = self.group.get_metadata_builder()
-        return builder.build_for_cudagraph_capture(common) if is_recorded else builder.build(0, common)
+        if is_recorded:
+            return builder.build_for_cudagraph_capture(common)
+        if self._planned is not None:
+            self._planned.synchronize()
+        metadata = builder.build(0, common)
+        if self._plans_on_host:
+            self._planned = torch.cuda.Event()
+            self._planned.record()
+        return metadata
 
     def run(self, batch: DraftBatch, metadata: Any) -> torch.Tensor:
         """Hidden states `[num_tokens, hidden_size]` of the last layer; keys and values go into the cache."""

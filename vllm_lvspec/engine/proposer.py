@@ -83,6 +83,7 @@ class LVSpecProposer:
         self.block_table: BlockTable | None = None
         self.placeholders = Placeholders()
         self.draft_seconds = 0.0  # that the last step's drafts took, once they are finished
+        self.ran_ahead = False  # the host, of the device that drafted last
         self._may_run_ahead = False
         self._started: _Started | None = None  # and not finished
         # Prompts that the drafter had read, and seconds that it had taken for them, when their price was last taken.
@@ -210,13 +211,15 @@ class LVSpecProposer:
         )
 
     def note_step(self, seconds: float, num_requests: int, num_rows: int, context: int) -> None:
-        """A step with nothing to prefill took `seconds` without its drafting, from its start to that of the next."""
+        """A step with nothing to prefill took `seconds` without its drafting, since the step before had its tokens."""
         assert self.drafter is not None
         if self.drafter.costs is None:
             return
+        # What is done while the drafter runs takes no time.
+        part = "verification" if self.ran_ahead else "target"
         foretold = self.drafter.costs.of_verification(num_requests, num_rows, context)
-        foretold *= self.drafter.corrections.factor("target", num_requests)
-        self._correct("target", num_requests, seconds, float(foretold))
+        foretold *= self.drafter.corrections.factor(part, num_requests)
+        self._correct(part, num_requests, seconds, float(foretold))
 
     def _correct(self, part: str, num_requests: int, seconds: float, foretold: float) -> None:
         """All ranks note the same steps, and go by the first one's clock."""
@@ -281,7 +284,7 @@ class LVSpecProposer:
         assert self.drafter is not None and self._step is not None and self._started is None
         scheduler_output, req_ids, states = self._step
         self._step = None
-        self.draft_seconds = 0.0
+        self.draft_seconds, self.ran_ahead = 0.0, False
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         indices = [i for i, sampled in enumerate(sampled_token_ids) if sampled]
         verified = scheduler_output.scheduled_spec_decode_tokens
@@ -298,7 +301,8 @@ class LVSpecProposer:
         first, further = (after - value for after, value in zip(self._foretold(), before, strict=True))
         num_prompts = self.drafter.counts["prefills"] - num_prompts
         self._started = _Started(started, begin, (first, further), num_prompts)
-        if self._may_run_ahead and self.drafter.runs_ahead:
+        if self._may_run_ahead and self.drafter.runs_ahead and any(started.lengths):
+            self.ran_ahead = True
             tokens = self.placeholders.put([req_ids[i] for i in indices], started)
         else:
             self.finish()

@@ -168,7 +168,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         return result
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        self.verification.seconds = 0.0
+        self.verification.spans.clear()
         if (state := self.execute_model_state) is not None:
             self.verification.begin_step(state.scheduler_output, state.hidden_states, state.aux_hidden_states)
             self.scores.add_similarity()
@@ -215,9 +215,10 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         seconds = self._finish_drafts()
         if self._step_started is not None:
             self.step_times.steps += 1
-            # It may have been launched while the device was drafting.
-            self.step_times.target_seconds += now - max(self._step_started, self._drafts_begun + seconds)
-            self.step_times.verify_seconds += self.verification.seconds
+            # What was done while the device was drafting took no time.
+            begun = max(self._step_started, self._drafts_begun + seconds)
+            self.step_times.target_seconds += now - begun
+            self.step_times.verify_seconds += self.verification.seconds_since(begun)
             if self._last_emitted is not None:
                 context = int(self.input_batch.num_tokens_no_spec[: self.input_batch.num_reqs].sum())
                 num_requests = len(scheduler_output.num_scheduled_tokens)

@@ -85,7 +85,7 @@ class Batch:
 
 
 def _timed(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Add a call's time to `seconds`."""
+    """Note when a call began and when it ended."""
 
     @functools.wraps(method)
     def wrapper(self: Verification, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +93,7 @@ def _timed(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(self, *args, **kwargs)
         finally:
-            self.seconds += time.perf_counter() - started
+            self.spans.append((started, time.perf_counter()))
 
     return wrapper
 
@@ -101,7 +101,7 @@ def _timed(method: Callable[..., Any]) -> Callable[..., Any]:
 class Verification:
     """Owns the feature cache, the verifier and the counts of one rank. `runner` is vLLM's model runner.
 
-    `seconds`: of its own work, by the host's clock, since the runner has last set it to 0.
+    `spans`: its own work in this step, from when to when by the host's clock.
     """
 
     def __init__(self, runner: Any):
@@ -112,7 +112,7 @@ class Verification:
         self.source = AnchorSource.parse(self.config.anchor_source)
         self.features: FeatureCache | None = None
         self.project: Projection | None = None
-        self.seconds = 0.0
+        self.spans: list[tuple[float, float]] = []
         self.reasons = np.zeros(TARGET + 1, dtype=np.int64)
         self.counts = {"loose_chains": 0, "strict_chains": 0, "missing_features": 0}
         self.verified = {"anchor": 0, "filler": 0, "strict": 0}  # drafted tokens
@@ -151,6 +151,10 @@ class Verification:
         ends = getattr(generation, "eos_token_id", None)
         named = (ends, tokenizer.eos_token_id, getattr(model.hf_text_config, "eos_token_id", None))
         return {i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
+
+    def seconds_since(self, moment: float) -> float:
+        """Of its work in this step."""
+        return sum(max(0.0, end - max(begin, moment)) for begin, end in self.spans)
 
     # Features -----------------------------------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ METRICS: dict[str, Metric] = {
     "decode_steps": Metric(prometheus_client.Counter, "Steps in which nothing was prefilled."),
     "step_seconds": Metric(
         prometheus_client.Counter,
-        "Seconds of decode_steps by part, on the host's clock; draft_prompt and scoring are of all steps.",
+        "Seconds of decode_steps by part, of drafts on the device's clock; draft_prompt and scoring are of all steps.",
         "part",
         ("target", "verification", "drafting", "draft_prompt", "scoring"),
         MILLIONTHS,
