@@ -259,9 +259,20 @@ def oracle(
     return drafts
 
 
-def make_drafter(model=None, ratio=0.5, strategy="uniform", scores=None, costs=None) -> Drafter:
+class ProposingDrafter(Drafter):
+    """Waits for its drafts."""
+
+    def propose(self, requests, num_speculative_tokens) -> list[list[int]]:
+        drafts = self.start(requests, num_speculative_tokens)
+        self.finish(drafts)
+        return drafts.tokens
+
+
+def make_drafter(model=None, ratio=0.5, strategy="uniform", scores=None, costs=None) -> ProposingDrafter:
     chosen = STRATEGIES[strategy] if isinstance(strategy, str) else strategy
-    drafter = Drafter(model or SlotModel(), chosen, ratio, 10**6, scores, is_adaptive=True, only_if_faster=True)
+    drafter = ProposingDrafter(
+        model or SlotModel(), chosen, ratio, 10**6, scores, is_adaptive=True, only_if_faster=True
+    )
     drafter.costs = costs
     return drafter
 
@@ -970,7 +981,7 @@ def test_after_requests_that_were_drafted_for_badly_others_get_their_chance(draf
 
 
 def only_if_faster(model=None, costs=None) -> Drafter:
-    drafter = Drafter(model or SlotModel(), STRATEGIES["uniform"], 0.5, 10**6, only_if_faster=True)
+    drafter = ProposingDrafter(model or SlotModel(), STRATEGIES["uniform"], 0.5, 10**6, only_if_faster=True)
     drafter.costs = costs
     return drafter
 
@@ -1227,7 +1238,7 @@ def test_after_short_answers_none_is_expected_to_be_long():
 
 def test_a_session_that_goes_on_with_a_longer_prompt_is_drafted_for_as_before():
     for is_adaptive in (False, True):
-        drafter = Drafter(
+        drafter = ProposingDrafter(
             SlotModel(confidence=sure), STRATEGIES["uniform"], 0.5, 10**6, is_adaptive=is_adaptive, only_if_faster=True
         )
         drafter.costs = FREE

@@ -210,14 +210,11 @@ class Drafter:
         """Whether `start` comes back before the device is done."""
         return not self.sees_tokens and (self.costs is None or not self.is_adaptive)
 
-    def propose(self, requests: Sequence[DraftRequest], num_speculative_tokens: int) -> list[list[int]]:
-        """Drafted tokens of each request, at most `num_speculative_tokens`; empty where it can't be drafted for."""
-        drafts = self.start(requests, num_speculative_tokens)
-        self.finish(drafts)
-        return drafts.tokens
-
     def start(self, requests: Sequence[DraftRequest], num_speculative_tokens: int) -> Drafts:
-        """Have drafts made as `propose` does. They must be finished before others are started."""
+        """Have at most `num_speculative_tokens` drafted for each request, none where it can't be drafted for.
+
+        They must be finished before others are started.
+        """
         drafts = Drafts([0] * len(requests))
         self._start(drafts, requests, num_speculative_tokens)
         drafts.end = self.clock.mark()

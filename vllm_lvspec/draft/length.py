@@ -46,6 +46,8 @@ _SLOW_FADING = 0.9997
 # After so many steps costs are corrected by what these took, by so much at most.
 _FEW_STEPS = 16
 _MOST_CORRECTED = 16.0
+# Of the target's steps without drafts and with them the ones stand for the others while these are not known.
+_OTHER_PART = {"target": "verification", "verification": "target"}
 # So many steps a decision not to draft stands.
 _STEPS_OF_REST = 16
 # And while no more of its requests have come or gone than this share.
@@ -170,9 +172,6 @@ def _interpolate(xs: Sequence[float], ys: Sequence[float], x: float | np.ndarray
         return ys[i] + (x - xs[i]) * (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1])
     slope = (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]) if len(xs) > 1 else ys[-1] / xs[-1]
     return np.interp(x, xs, ys) + slope * np.maximum(np.subtract(x, xs[-1]), 0.0)
-
-
-_OTHER_PART = {"target": "verification", "verification": "target"}
 
 
 class Corrections:

@@ -152,10 +152,6 @@ class Verification:
         named = (ends, tokenizer.eos_token_id, getattr(model.hf_text_config, "eos_token_id", None))
         return {i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
 
-    def seconds_since(self, moment: float) -> float:
-        """Of its work in this step."""
-        return sum(max(0.0, end - max(begin, moment)) for begin, end in self.spans)
-
     # Features -----------------------------------------------------------------------------------------------------
 
     def prepare_model(self) -> None:
@@ -493,6 +489,10 @@ class Verification:
         return accepted.token_ids
 
     # Counting -----------------------------------------------------------------------------------------------------
+
+    def seconds_since(self, moment: float) -> float:
+        """Of its work in this step."""
+        return sum(max(0.0, end - max(begin, moment)) for begin, end in self.spans)
 
     @_timed
     def count(self, emitted: Sequence[list[int]]) -> None:
