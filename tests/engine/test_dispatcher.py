@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,9 @@ from vllm.forward_context import BatchDescriptor
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_lvspec.draft.length import StepCosts
 from vllm_lvspec.engine.dispatcher import SIZES, DecodeDispatcher, tokens_each
+from vllm_lvspec.engine.placeholders import PADDING_TOKEN_ID
 from vllm_lvspec.engine.runner import LVSpecGPUModelRunner
 from vllm_lvspec.engine.scoring import PromptScores
 
@@ -93,6 +96,43 @@ def test_a_single_requests_shorter_draft_has_a_full_graph_where_drafts_may_be_sh
         assert graph_of(with_parts, lens) == graph_of(without, lens)
     few = ours(mode, most=CHAIN, max_num_seqs=1, has_parts=True)
     assert graph_of(few, [CHAIN - 1])[0] == CUDAGraphMode.FULL
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "FULL_DECODE_ONLY", "PIECEWISE", "FULL", "NONE"])
+@pytest.mark.parametrize("has_parts", [True, False])
+def test_it_knows_which_batches_have_a_graph_that_others_have_not(mode, has_parts):
+    runner = ours(mode, has_parts=has_parts)
+    has_such = mode in ("FULL_AND_PIECEWISE", "FULL_DECODE_ONLY")
+    for count, tokens in itertools.product(range(1, 10), range(1, CHAIN + 2)):
+        is_full = graph_of(runner, [tokens] * count)[0] == CUDAGraphMode.FULL
+        assert runner.cudagraph_dispatcher.has_graph(count, tokens) == (has_such and is_full), (count, tokens)
+
+
+K = CHAIN - 1
+PADDED = {  # by lengths of drafts, whether padding makes one graph of their step
+    "whole": ([K, K], False), "one": ([4], True), "none": ([0, 0], False), "shorter": ([4, 4], True),
+    "ragged": ([K, 3], True), "one without": ([K, 3, 0], True), "too many": ([4] * 9, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("lens", "is_padded"), PADDED.values(), ids=PADDED)
+def test_drafts_are_padded_where_that_makes_one_graph_and_costs_little(lens, is_padded):
+    runner = ours()
+    runner.num_spec_tokens, runner.drafter = K, SimpleNamespace(drafter=SimpleNamespace(costs=None))
+    runner.input_batch.num_tokens_no_spec = np.full(16, 100)
+    drafts = [[7] * length for length in lens]
+    want = [[7] * length + [PADDING_TOKEN_ID] * (K - length) if length else [] for length in lens]
+    assert runner._in_one_graph(drafts) == (want if is_padded else drafts)
+    for slope, pays in ((0.0001, True), (0.1, False)):  # seconds a row more
+        runner.drafter.drafter.costs = StepCosts([1, 2], [1, 1 + slope], [0.0, 0.0])
+        assert runner._in_one_graph(drafts) == (want if is_padded and pays else drafts)
+
+
+def test_a_single_draft_that_has_a_graph_is_not_padded():
+    runner = ours(has_parts=True)
+    runner.num_spec_tokens, runner.drafter = K, SimpleNamespace(drafter=SimpleNamespace(costs=None))
+    assert runner._in_one_graph([[7] * 4]) == [[7] * 4]
+    assert runner._in_one_graph([[7] * 4, [7] * 4]) == [[7] * 4 + [PADDING_TOKEN_ID] * (K - 4)] * 2
 
 
 ONE_EACH = [1] * 8

@@ -9,7 +9,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from workload import QWEN, Request, generate_requests, token_ids, turn, video
 
 from vllm_lvspec.draft.drafts import Drafted, Drafts
 from vllm_lvspec.draft.length import RequestHistory
-from vllm_lvspec.engine.placeholders import Placeholders
+from vllm_lvspec.engine.placeholders import PADDING_TOKEN_ID, Placeholders, num_drafted, padded
 from vllm_lvspec.engine.runner import LVSpecGPUModelRunner
 from vllm_lvspec.reference import PAIRS
 
@@ -58,21 +58,27 @@ def test_every_token_comes_to_its_place_whenever_it_was_drafted(seed):
             scheduled[name] = [-1] * count
     scheduled["f"] = [7, 8]  # known to the scheduler
     scheduled["g"] = [-1, -1]  # vLLM's own
+    counted = {name: len(tokens) for name, tokens in scheduled.items()}
+    if seed % 2:
+        for name in names:  # the budget may cut padding, too
+            scheduled[name] = padded([scheduled.get(name, [])], 6)[0][: int(rng.integers(counted.get(name, 0), 7))]
+        scheduled = {name: tokens for name, tokens in scheduled.items() if tokens}
+    assert {name: num_drafted(tokens) for name, tokens in scheduled.items()} == dict.fromkeys(scheduled, 0) | counted
     counts = [1 + int(rng.integers(3)) * (name not in scheduled) + len(scheduled.get(name, ())) for name in names]
     ends = np.cumsum(counts)
     wanted = np.arange(2000, 2000 + ends[-1])
     for name, end in zip(names, ends.tolist(), strict=True):
         if name in scheduled and name not in "fg":
-            count = len(scheduled[name])
-            wanted[end - count : end] = drafted[name][:count]
+            begin, count = end - len(scheduled[name]), counted.get(name, 0)
+            wanted[begin : begin + count] = drafted.get(name, [])[:count]
     input_ids = torch.arange(2000, 2000 + ends[-1] + 3, dtype=torch.int32)
     placeholders.fill_inputs(input_ids, names, scheduled, ends)
     assert input_ids.tolist() == [*wanted.tolist(), *range(2000 + ends[-1], 2003 + ends[-1])]
 
-    lists = [list(scheduled.get(name, ())) for name in names]
+    lists = [list(scheduled.get(name, ())[: counted.get(name, 0)]) for name in names]
     placeholders.fill_lists(names, lists)
     known = {**drafted, "f": [7, 8], "g": [-1, -1]}
-    assert lists == [known[n][: len(scheduled[n])] if n in scheduled else [] for n in names]
+    assert lists == [known[n][: counted[n]] if n in counted else [] for n in names]
 
 
 def test_drafts_that_some_leave_early_can_not_be_placed():
@@ -109,7 +115,8 @@ def running_ahead(engine: Engine, yes: bool = True) -> Iterator[Counter[str]]:
         for name in req_ids:
             if (tokens := scheduled.get(name)) and tokens[0] == -1:
                 draft = placeholders._drafts.get(name)
-                filled[VLLMS if draft is None else NEW if draft[0] is newest[0] else OLD] += len(tokens)
+                whose = VLLMS if draft is None else NEW if draft[0] is newest[0] else OLD
+                filled[whose] += num_drafted(tokens)
         fill(input_ids, req_ids, scheduled, ends)
 
     drafter = runner.drafter.drafter
@@ -123,6 +130,30 @@ def running_ahead(engine: Engine, yes: bool = True) -> Iterator[Counter[str]]:
         yield filled
     engine.stats()
     assert not placeholders._drafts and runner.drafter._started is None
+
+
+@contextmanager
+def in_graphs_of_chains(engine: Engine) -> Iterator[Counter[str]]:
+    """The target is said to have graphs of whole chains alone; counts what is scheduled in steps of decodes."""
+    runner: LVSpecGPUModelRunner
+    (runner,) = engine.llm.collective_rpc(lambda worker: worker.model_runner)
+    chain = 1 + runner.num_spec_tokens
+    counts: Counter[str] = Counter()
+    execute = runner.execute_model
+
+    def watched(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if drafted := scheduler_output.scheduled_spec_decode_tokens:
+            sizes = [scheduler_output.num_scheduled_tokens[name] for name in drafted]
+            counts["padding"] += sum(tokens.count(PADDING_TOKEN_ID) for tokens in drafted.values())
+            counts["steps"] += len(drafted) > 1
+            counts["whole"] += len(drafted) > 1 and set(sizes) == {chain}
+            assert all(tokens[0] != PADDING_TOKEN_ID for tokens in drafted.values())
+        return execute(scheduler_output, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner.cudagraph_dispatcher, "has_graph", lambda num_requests, tokens: tokens == chain)
+        patch.setattr(runner, "execute_model", watched)
+        yield counts
 
 
 # Prompts in chunks, too few pages for all, and in every second step no room for most drafts.
@@ -160,6 +191,70 @@ def test_no_output_changes_where_the_scheduler_does_not_know_the_drafts(drafter,
     assert (engine.metric("num_preemptions") > before) == bool(options)
     stats = engine.stats()
     assert stats["pages_free"] == stats["pages_total"]
+
+
+@contextmanager
+def ragged(engine: Engine) -> Iterator[None]:
+    """Drafts of one to eight tokens, whoever's and whenever."""
+    runner: LVSpecGPUModelRunner
+    (runner,) = engine.llm.collective_rpc(lambda worker: worker.model_runner)
+    make = runner.drafter._request
+
+    def shorter(*args: Any) -> Any:
+        request = make(*args)
+        request.max_draft_tokens = min(request.max_draft_tokens, 1 + 5 * len(request.token_ids) % 8)
+        return request
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner.drafter, "_request", shorter)
+        yield
+
+
+@contextmanager
+def counted_by_vllm(engine: Engine) -> Iterator[Counter[str]]:
+    """Drafts, drafted and accepted tokens, as they come to vLLM's metrics."""
+    scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
+    make, counts = scheduler.make_stats, Counter()
+
+    def watched(spec_decoding_stats: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if spec_decoding_stats is not None:
+            for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+                counts[name] += getattr(spec_decoding_stats, name)
+        return make(spec_decoding_stats, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "make_stats", watched)
+        yield counts
+
+
+@pytest.mark.parametrize("yes", [True, False], ids=["ahead", "not ahead"])
+@pytest.mark.parametrize(
+    ("drafter", "options"),
+    [pytest.param(0, {}, id="plenty"), pytest.param(1, SCARCE, id="scarce and mostly rejected")],
+)
+def test_no_output_changes_and_nothing_is_counted_where_drafts_are_padded(drafter, options, yes, engines, oracle):
+    count = 45
+    want = oracle(QWEN, count, 2)
+    engine = engines(QWEN, drafter=drafter, **options)
+    requests = generate_requests(QWEN, count, seed=2)
+    counted = {}
+    for pads in (False, True):
+        engine.llm.reset_prefix_cache()
+        before = engine.stats()
+        with (
+            running_ahead(engine, yes),
+            ragged(engine),
+            counted_by_vllm(engine) as by_vllm,
+            in_graphs_of_chains(engine) if pads else nullcontext() as seen,
+        ):
+            got = engine.run(requests, (8, 8, 3, 8, 1))
+        assert token_ids(got) == token_ids(want)
+        after = engine.stats()
+        counted[pads] = by_vllm, {name: after[name] - before[name] for name in ("verified_strict", "strict_chains")}
+    assert seen["padding"] > 500
+    if not options:  # nobody is preempted, or waits
+        assert seen["whole"] > 0.5 * seen["steps"]
+        assert counted[True] == counted[False] and counted[True][0]["num_draft_tokens"] > 500
 
 
 def let_drafts_wait(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +321,33 @@ def test_grammars_see_what_they_are_asked_to_allow_and_others_go_on(engines):
     assert filled[NEW] > 100
 
 
+@pytest.mark.parametrize("drops", [True, False], ids=["as it is", "nothing dropped"])
+def test_grammars_of_requests_that_join_others_whose_drafts_are_padded(drops, engines, monkeypatch):
+    body = turn("user", QWEN.video + "Describe the video.") + "<|im_start|>assistant\n"
+    answers = ["a red circle moves", "a blue square slides to the left"]
+    forced = SamplingParams(temperature=0, max_tokens=40, structured_outputs=StructuredOutputsParams(choice=answers))
+    inputs = [{"prompt": body, "multi_modal_data": {"video": [video(i)]}} for i in range(8)]
+    params = [greedy(60)] * 4 + [forced] * 4
+    want = token_ids(engines(QWEN).llm.generate(inputs, params, use_tqdm=False))
+    engine = engines(QWEN, drafter=0)
+    core = engine.llm.llm_engine
+    if not drops:
+        scheduler = core.engine_core.engine_core.scheduler
+        monkeypatch.setattr(scheduler, "_drop_useless_padding", lambda: None)
+    got: dict[str, list[int]] = {}
+    with running_ahead(engine), ragged(engine), in_graphs_of_chains(engine) as seen:
+        for step in itertools.count():
+            for i in range(4) if step == 0 else [step // 2 + 1] if step in (6, 8, 10, 12) else []:
+                core.add_request(f"padded-{i}", inputs[i], params[i])
+            for output in core.step():
+                if output.finished:
+                    got[output.request_id] = list(output.outputs[0].token_ids)
+            if step > 12 and not core.has_unfinished_requests():
+                break
+    assert [got[f"padded-{i}"] for i in range(8)] == [list(tokens) for tokens in want]
+    assert seen["padding"] > 50
+
+
 def greedy(max_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
@@ -252,6 +374,12 @@ def test_loose_answers_are_the_same_and_times_add_up(engines):
         drafted[yes] = spent["drafted_tokens"], spent["steps"], spent["requests"]
     assert answers[True] == answers[False]
     assert drafted[True] == drafted[False] and drafted[True][0] > 200
+    for pads in (False, True):
+        engine.llm.reset_prefix_cache()
+        with ragged(engine), in_graphs_of_chains(engine) if pads else nullcontext() as seen:
+            answers[pads] = token_ids(engine.run(requests, (4, 2)))
+    assert answers[True] == answers[False]
+    assert seen["padding"] > 100
 
 
 def step_times(engine: Engine) -> dict[str, float]:

@@ -56,6 +56,16 @@ class DecodeDispatcher(CudagraphDispatcher):
         sizes = self._sizes.get(max_tokens)
         return max_tokens if sizes and num_requests <= sizes[-1] else self.uniform_decode_query_len
 
+    def has_graph(self, num_requests: int, tokens: int) -> bool:
+        """Whether decodes of so many tokens of each of so many requests are launched as one graph, and others not."""
+        if not self._sizes:
+            return False
+        if (sizes := self._sizes.get(tokens)) is not None:
+            return num_requests <= sizes[-1]
+        if tokens != self.uniform_decode_query_len:
+            return False
+        return super().dispatch(num_requests * tokens, uniform_decode=True)[0] == CUDAGraphMode.FULL
+
     def dispatch(
         self,
         num_tokens: int,

@@ -5,18 +5,46 @@ device, so that the host makes that step ready, and launches it, while the draft
 
 vLLM has placeholders of its own, for which there is no draft: it fills up a request that begins with one token, as one
 does whose prompt is cached. They stay what they are, and are rejected.
+
+Padding behind drafts makes a batch one that vLLM has recorded as a CUDA graph: as many tokens of each request as of all
+others. The target runs over it, and nobody looks at what comes of that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 
 from vllm_lvspec.device import upload
 from vllm_lvspec.draft.drafts import Drafts
+
+PADDING_TOKEN_ID = -2  # vLLM reads token 0 for whatever is below
+
+
+def padded(drafts: Sequence[list[int]], length: int) -> list[list[int]]:
+    """`drafts` with padding behind them, of `length` all but for those that are none."""
+    return [draft and draft + [PADDING_TOKEN_ID] * (length - len(draft)) for draft in drafts]
+
+
+def num_drafted(tokens: Sequence[int]) -> int:
+    """How many of the tokens that are scheduled behind a request's newest one were drafted."""
+    if not tokens or tokens[-1] != PADDING_TOKEN_ID:
+        return len(tokens)
+    return tokens.index(PADDING_TOKEN_ID)
+
+
+def without_padding(step: SchedulerOutput) -> SchedulerOutput:
+    """`step` as if nothing but drafts had been scheduled behind requests' newest tokens; the scheduler's own stays."""
+    drafts = step.scheduled_spec_decode_tokens
+    if all(num_drafted(tokens) == len(tokens) for tokens in drafts.values()):
+        return step
+    drafts = {req_id: tokens[: num_drafted(tokens)] for req_id, tokens in drafts.items()}
+    return replace(step, scheduled_spec_decode_tokens=drafts)
 
 
 class Placeholders:
@@ -45,8 +73,8 @@ class Placeholders:
     ) -> None:
         """Put drafted tokens into `input_ids` (int32, on the device) of a step's batch.
 
-        `scheduled`: drafted tokens of a request, which are the last of its tokens in the batch, before `ends`
-        `[num_requests]`; more may have been drafted.
+        `scheduled`: drafted tokens of a request and padding, which are the last of its tokens in the batch, before
+        `ends` `[num_requests]`; more may have been drafted.
         """
         found: dict[int, tuple[Drafts, list[np.ndarray], list[np.ndarray]]] = {}
         for req_id, end in zip(req_ids, ends.tolist(), strict=True):
@@ -55,8 +83,9 @@ class Placeholders:
                 drafts, column = draft
                 assert drafts.token_ids is not None
                 _, to, taken = found.setdefault(id(drafts), (drafts, [], []))
-                to.append(np.arange(end - len(tokens), end))
-                taken.append(np.arange(len(tokens)) * drafts.token_ids.shape[1] + column)
+                begin, count = end - len(tokens), num_drafted(tokens)
+                to.append(np.arange(begin, begin + count))
+                taken.append(np.arange(count) * drafts.token_ids.shape[1] + column)
         for drafts, to, taken in found.values():  # nearly always one
             assert drafts.token_ids is not None
             places, sources = upload([np.concatenate(to), np.concatenate(taken)], input_ids.device)

@@ -24,12 +24,17 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_lvspec.device import upload
 from vllm_lvspec.engine.counts import counts_of
 from vllm_lvspec.engine.dispatcher import DecodeDispatcher, tokens_each
+from vllm_lvspec.engine.placeholders import num_drafted, padded, without_padding
 from vllm_lvspec.engine.proposer import LVSpecProposer
 from vllm_lvspec.engine.sampler import LVSpecRejectionSampler
 from vllm_lvspec.engine.scheduler import with_changes
 from vllm_lvspec.engine.scoring import PromptScores
 from vllm_lvspec.engine.verification import Verification
 from vllm_lvspec.observe.metrics import Changes
+
+# Up to this share of a step more is paid for padding, to have the step launched as one graph: what falls out of the
+# graphs is launched in pieces, two a layer.
+PADDING_MARGIN = 0.05
 
 
 @dataclass
@@ -62,6 +67,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
 
     drafter: LVSpecProposer
     uniform_decode_query_len: int
+    execute_model_state: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -108,9 +114,16 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         self, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray
     ) -> SpecDecodeMetadata:
         # vLLM makes it in every step of an engine that speculates; of a batch where nobody has a draft it is known.
-        if num_draft_tokens.any():
-            return super()._calc_spec_decode_metadata(num_draft_tokens, cu_num_scheduled_tokens)
         num_requests = len(num_draft_tokens)
+        if num_draft_tokens.any():
+            lists = self.input_batch.spec_token_ids[:num_requests]
+            drafted = np.fromiter(map(num_drafted, lists), np.int32, num_requests)
+            if (padding := num_draft_tokens - drafted).any():
+                # Rows of padding have no logits, so that neither the sampler nor anybody behind it knows of them.
+                for tokens, count in zip(lists, drafted.tolist(), strict=True):
+                    del tokens[count:]
+                return super()._calc_spec_decode_metadata(drafted, cu_num_scheduled_tokens - padding)
+            return super()._calc_spec_decode_metadata(num_draft_tokens, cu_num_scheduled_tokens)
         if self._undrafted is None or len(self._undrafted.num_draft_tokens) != num_requests:
             each = torch.arange(num_requests + 1, dtype=torch.int32, device=self.device)
             self._undrafted = SpecDecodeMetadata(
@@ -170,6 +183,9 @@ class LVSpecGPUModelRunner(GPUModelRunner):
     def sample_tokens(self, grammar_output: Any) -> Any:
         self.verification.spans.clear()
         if (state := self.execute_model_state) is not None:
+            # What has a row of logits is also what grammars are told.
+            state = state._replace(scheduler_output=without_padding(state.scheduler_output))
+            self.execute_model_state = state
             self.verification.begin_step(state.scheduler_output, state.hidden_states, state.aux_hidden_states)
             self.scores.add_similarity()
         return self._with_counts(super().sample_tokens(grammar_output))
@@ -251,7 +267,26 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             self._counts_drafts = True
             self.step_times.requests += len(drafts)
             self.step_times.drafted_tokens += sum(len(draft) for draft in drafts)
-        return drafts
+        if scheduler_output.has_structured_output_requests:  # the scheduler asks grammars whether they allow a draft
+            return drafts
+        return self._in_one_graph(drafts)
+
+    def _in_one_graph(self, drafts: list[list[int]]) -> list[list[int]]:
+        """`drafts` of a batch, padded where that has the target's step launched as one graph and costs little more."""
+        lengths = [len(draft) for draft in drafts if draft]
+        num_requests, chain, has_graph = len(lengths), 1 + self.num_spec_tokens, self.cudagraph_dispatcher.has_graph
+        if not lengths or not has_graph(num_requests, chain):
+            return drafts
+        if len(set(lengths)) == 1 and has_graph(num_requests, 1 + lengths[0]):
+            return drafts
+        assert self.drafter.drafter is not None
+        if (costs := self.drafter.drafter.costs) is not None:
+            context = int(self.input_batch.num_tokens_no_spec[: len(drafts)].sum())
+            rows, most = num_requests + sum(lengths), num_requests * chain
+            cost, at_most = (costs.of_verification(num_requests, count, context) for count in (rows, most))
+            if at_most > (1 + PADDING_MARGIN) * cost:
+                return drafts
+        return padded(drafts, chain - 1)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)

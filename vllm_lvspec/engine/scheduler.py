@@ -1,14 +1,16 @@
-"""vLLM's scheduler, which passes on to the API server what the worker has counted."""
+"""vLLM's scheduler, which passes on to the API server what the worker has counted, and takes padding for no drafts."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorStats
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ECConnectorOutput, ModelRunnerOutput
 
+from vllm_lvspec.engine.placeholders import num_drafted
 from vllm_lvspec.observe.metrics import take_along
 
 
@@ -25,6 +27,24 @@ def with_changes(output: ModelRunnerOutput, changes: dict[str, int]) -> ModelRun
 
 
 class LVSpecScheduler(Scheduler):
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self._drop_useless_padding()
+        output = super().schedule(*args, **kwargs)
+        scheduled = output.scheduled_spec_decode_tokens.items()
+        padding = {req_id: count for req_id, tokens in scheduled if (count := len(tokens) - num_drafted(tokens))}
+        if padding:  # counted as what a grammar does not allow
+            output.num_invalid_spec_tokens = {**(output.num_invalid_spec_tokens or {}), **padding}
+        return output
+
+    def _drop_useless_padding(self) -> None:
+        """Padding makes a graph only of steps in which all have drafts."""
+        if all(num_drafted(request.spec_token_ids) == len(request.spec_token_ids) for request in self.running):
+            return
+        may_join = self.waiting and len(self.running) < self.max_num_running_reqs
+        if may_join or not all(request.spec_token_ids for request in self.running):
+            for request in self.running:
+                request.spec_token_ids = request.spec_token_ids[: num_drafted(request.spec_token_ids)]
+
     def make_stats(
         self, *args: Any, ec_connector_stats: ECConnectorStats | None = None, **kwargs: Any
     ) -> SchedulerStats | None:
