@@ -110,7 +110,7 @@ def test_qwen_answers_as_before_in_a_larger_shape_and_is_drafted_for(bundled_ans
 
 def test_the_drafter_drafts_the_same_in_a_larger_shape():
     drafted = []
-    for overrides in ({}, upscaled(str(DRAFT), "0.5b")["hf_overrides"]):
+    for overrides in ({}, upscaled(str(DRAFT), TWICE_THE_HEAD)["hf_overrides"]):
         drafting = {
             "method": "lvspec", "policy": "strict", "model": str(DRAFT), "only_if_faster": False,
             "draft_hf_overrides": overrides,
@@ -121,7 +121,7 @@ def test_the_drafter_drafts_the_same_in_a_larger_shape():
             (drafter,) = llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter.model)
             weights = multiplied_weights(drafter.model)
             drafted.append((stats["drafted_tokens"], stats["tokens_exact"]))
-    assert weights == weights_of(TEXT_SHAPES["0.5b"])
+    assert weights == weights_of(TWICE_THE_HEAD)
     assert drafted[0] == drafted[1]
     assert drafted[0][1] > 50
 
@@ -130,8 +130,8 @@ def test_llava_answers_as_before_in_a_larger_shape(checkpoint: Callable[..., str
     path = checkpoint("llava_onevision")
     with engine(model=path) as llm:
         want = describe(llm, LLAVA)
-    with engine(**upscaled(path, "0.5b")) as llm:
-        assert llm.apply_model(multiplied_weights) == [weights_of(TEXT_SHAPES["0.5b"])]
+    with engine(**upscaled(path, TWICE_THE_HEAD)) as llm:
+        assert llm.apply_model(multiplied_weights) == [weights_of(TWICE_THE_HEAD)]
         assert_same_answers(describe(llm, LLAVA), want)
 
 

@@ -1,4 +1,4 @@
-"""Compile every kernel without a GPU: `python compile_for.py cuda 90`; prints the size of each binary."""
+"""Compile every kernel without a GPU: `python compile_for.py cuda:90 hip:gfx942`; prints the size of each binary."""
 
 import sys
 
@@ -205,8 +205,10 @@ KERNELS = {
     ),
 }
 
-backend, arch = sys.argv[1], sys.argv[2]
-target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
-binary = {"cuda": "cubin", "hip": "hsaco"}[backend]
-for name, source in KERNELS.items():
-    print(name, len(compile(source, target=target).asm[binary]))
+BINARIES = {"cuda": "cubin", "hip": "hsaco"}
+
+for name in sys.argv[1:]:
+    backend, arch = name.split(":")
+    target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
+    for kernel, source in KERNELS.items():
+        print(name, kernel, len(compile(source, target=target).asm[BINARIES[backend]]))

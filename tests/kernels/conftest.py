@@ -1,7 +1,5 @@
 """Triton kernels run in the interpreter where no GPU is; compiled ones are made for GPUs that are not here."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import triton.experimental.gluon  # takes functions of `triton.language` as they are compiled, so before they are not
@@ -39,8 +37,3 @@ def _interpret_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture
-def compile_script() -> Path:
-    return Path(__file__).parent / "compile_for.py"
