@@ -216,6 +216,28 @@ def save_in_int8(source: Path, folder: Path) -> str:
     return str(folder)
 
 
+def save_rounded_to_mxfp4(source: Path, folder: Path) -> str:
+    """`source` with the weights of the language model's linear layers at values that MXFP4 has (OCP Microscaling
+    Formats v1.0: 32 numbers of four bits share a power of two), in its own dtype: what vLLM makes of them on GPUs.
+    """
+    shutil.copytree(source, folder)
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():
+        if ".layers." in name and name.endswith("proj.weight"):
+            tensors[name] = _rounded_to_mxfp4(tensor.float()).to(tensor.dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def _rounded_to_mxfp4(weight: torch.Tensor) -> torch.Tensor:
+    blocks = weight.unflatten(1, (-1, 32))
+    largest = blocks.abs().amax(2, keepdim=True).clamp(min=2.0**-120)
+    scales = torch.exp2(torch.floor(torch.log2(largest * 8 / 7)) - 2)  # the largest becomes 3.5 to 7
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    nearest = torch.bucketize((blocks / scales).abs(), (values[1:] + values[:-1]) / 2)
+    return (values[nearest] * blocks.sign() * scales).flatten(1)
+
+
 def text_only(path: Path) -> str:
     tokenizer = bundled_tokenizer()
     config = Qwen2Config(**{**TEXT, "num_attention_heads": 2}, vocab_size=VOCAB, eos_token_id=tokenizer.eos_token_id)

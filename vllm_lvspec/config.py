@@ -103,8 +103,8 @@ class LVSpecConfig(BaseModel):
     draft_quantization: str | None = Field(
         None,
         min_length=1,
-        description="how the drafter's weights are quantised, a name that vLLM's --quantization takes, such as fp8; by "
-        "default what the drafter's checkpoint says",
+        description="how the weights of the drafter's language model are quantised, a name that vLLM's --quantization "
+        "takes, such as fp8 or mxfp4; by default what the drafter's checkpoint says",
     )
     draft_hf_overrides: dict[str, Any] = Field(
         {}, description="what is changed in the drafter's configuration, as vLLM's --hf-overrides changes the target's"

@@ -118,6 +118,7 @@ def test_as_served_strict_says_what_the_target_says_but_for_rounding(family, alo
         pytest.param({"pruning": "similarity"}, id="similarity"),
         pytest.param({"pruning": "redundancy"}, id="redundancy"),
         pytest.param({"draft_quantization": "fp8"}, id="fp8"),
+        pytest.param({"draft_quantization": "mxfp4"}, id="mxfp4"),
     ],
 )
 def test_every_view_drafts_under_cuda_graphs(view, alone):
@@ -213,8 +214,8 @@ def test_costs_are_measured_and_drafts_go_on_where_they_pay():
     assert all(output.outputs[0].token_ids for output in got)
 
 
-def test_steps_without_drafts_have_full_graphs_of_one_token_a_request():
-    """Two tokens leave no room for a draft: a prompt's step, then one of one token of each."""
+def graphs_of_steps(engine: Engine) -> list[tuple[CUDAGraphMode, BatchDescriptor]]:
+    """In which the target's steps are launched from now on."""
     graphs: list[tuple[CUDAGraphMode, BatchDescriptor]] = []
 
     def spy(worker: Any) -> None:
@@ -222,8 +223,37 @@ def test_steps_without_drafts_have_full_graphs_of_one_token_a_request():
         dispatch = dispatcher.dispatch
         dispatcher.dispatch = lambda *args, **kwargs: graphs.append(dispatch(*args, **kwargs)) or graphs[-1]
 
+    engine.llm.collective_rpc(spy)
+    return graphs
+
+
+def test_drafts_of_different_length_are_padded_to_a_full_graph(alone):
+    """By a price that makes padding free: what it costs this small target is not asked here."""
+    with running("qwen2_5_vl", lvspec={"draft_length": "adaptive"}) as engine:
+        (runner,) = engine.llm.collective_rpc(lambda worker: worker.model_runner)
+        num_padding, pad = [], runner._in_one_graph
+
+        def padded_for_nothing(drafts: list[list[int]]) -> list[list[int]]:
+            costs, runner.drafter.drafter.costs = runner.drafter.drafter.costs, None
+            result = pad(drafts)
+            runner.drafter.drafter.costs = costs
+            num_padding.append(sum(map(len, result)) - sum(map(len, drafts)))
+            return result
+
+        runner._in_one_graph = padded_for_nothing
+        graphs = graphs_of_steps(engine)
+        got = ask(engine, "qwen2_5_vl")
+        check_drafts(engine, 0.2)
+    assert sum(num_padding) > 50
+    chains = BatchDescriptor(33, 3, uniform=True), BatchDescriptor(44, 4, uniform=True)
+    assert any(mode == CUDAGraphMode.FULL and batch in chains for mode, batch in graphs)
+    assert_same_but_for_rounding(got, alone("qwen2_5_vl"))
+
+
+def test_steps_without_drafts_have_full_graphs_of_one_token_a_request():
+    """Two tokens leave no room for a draft: a prompt's step, then one of one token of each."""
     with running("qwen2_5_vl") as engine:
-        engine.llm.collective_rpc(spy)
+        graphs = graphs_of_steps(engine)
         write = prompt_writer(engine.llm)
         inputs = [write(sample) for sample in videofacts(3, SEED, ("caption",), PAIRS["qwen2_5_vl"].num_frames)]
         outputs = engine.llm.generate(inputs, SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import save_in_int8
+from checkpoints import save_in_int8, save_rounded_to_mxfp4
 from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
 from workload import QWEN, token_ids, turn
 
 from vllm_lvspec.bench.samples import videofacts
 from vllm_lvspec.config import LVSpecConfigError
+from vllm_lvspec.engine import compatibility
 from vllm_lvspec.reference import PAIRS
 
 PAIR = PAIRS["qwen2_5_vl"]
@@ -58,12 +59,13 @@ Runs = Callable[..., Run]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """`run("target", "drafter in int8")`: each engine is started once; a drafter that is None means none."""
-    folder = tmp_path_factory.mktemp("int8")
+    folder = tmp_path_factory.mktemp("quantised")
     models = {
         "target": str(PAIR.target),
         "drafter": str(PAIR.draft),
         "target in int8": save_in_int8(PAIR.target, folder / "target"),
         "drafter in int8": save_in_int8(PAIR.draft, folder / "draft"),
+        "drafter at values of mxfp4": save_rounded_to_mxfp4(PAIR.draft, folder / "mxfp4"),
     }
     samples = videofacts(NUM_VIDEOS, SEED, tasks=("caption",), num_frames=PAIR.num_frames)
     prompts = [
@@ -120,6 +122,12 @@ def test_a_quantised_drafter_is_believed_nearly_as_often(run: Runs):
     assert quantised == pytest.approx(plain, rel=0.15)
 
 
+def test_a_drafter_at_the_values_of_four_bits_is_believed_nearly_as_often(run: Runs):
+    rounded, plain = run("target", "drafter at values of mxfp4"), run("target", "drafter")
+    assert rounded.answers == plain.answers
+    assert rounded.tokens_per_step == pytest.approx(plain.tokens_per_step, rel=0.15)
+
+
 def test_a_quantised_target_leaves_its_drafter_as_it_is(run: Runs):
     quantised = run("target in int8", "drafter")
     assert quantised.layers["target"] == {"language_model": {INT8}, "visual": {"torch.float32"}}
@@ -129,9 +137,15 @@ def test_a_quantised_target_leaves_its_drafter_as_it_is(run: Runs):
 
 def test_weights_of_a_drafter_can_be_quantised_as_they_are_loaded(run: Runs):
     quantised = run("target", "drafter", "bfloat16", "fp8_per_channel")
-    assert quantised.layers["drafter"]["language_model"] == {"torch.float8_e4m3fn"}
+    assert quantised.layers["drafter"] == {"language_model": {"torch.float8_e4m3fn"}, "visual": {"torch.bfloat16"}}
     assert quantised.layers["target"] == {"language_model": {"torch.bfloat16"}, "visual": {"torch.bfloat16"}}
     assert quantised.tokens_per_step == pytest.approx(run("target", "drafter").tokens_per_step, rel=0.15)
+
+
+def test_a_drafter_without_a_language_model_by_that_name_is_not_left_as_it_is_in_silence(run: Runs, monkeypatch):
+    monkeypatch.setattr(compatibility, "NOT_OF_LANGUAGE", "re:.*")
+    with pytest.raises(LVSpecConfigError, match=r"draft_quantization=.fp8_per_channel.: .* the name language_model"):
+        run("target in int8", "drafter", "bfloat16", "fp8_per_channel")
 
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="GPUs have kernels for it")

@@ -11,6 +11,11 @@ from pydantic import ValidationError
 from vllm import envs
 from vllm.config import CompilationConfig, CompilationMode, ModelConfig, VllmConfig
 from vllm.config.kernel import IrOpPriorityConfig
+from vllm.config.quantization import (
+    ONLINE_QUANT_SHORTHAND_NAMES,
+    QuantizationConfigArgs,
+    resolve_quantization_config,
+)
 from vllm.config.utils import replace as replace_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -18,6 +23,11 @@ from vllm.tokenizers.registry import get_tokenizer
 
 from vllm_lvspec.config import SELF, LVSpecConfig, LVSpecConfigError
 from vllm_lvspec.verify.sources import AnchorSource
+
+# Layers that stay as they are where weights are quantised as they are loaded: all but the language model's, which are
+# read for every token. The visual encoder runs once a video, and has sizes that no block of 16 or 32 divides
+# (Qwen2.5-VL's 3420, SigLIP's 4304).
+NOT_OF_LANGUAGE = r"re:(?!(.*\.)?language_model\.)"
 
 
 def draft_model_config(target: ModelConfig, config: LVSpecConfig) -> ModelConfig:
@@ -61,6 +71,12 @@ def draft_model_config(target: ModelConfig, config: LVSpecConfig) -> ModelConfig
             "or a hub name of a vision-language model that vLLM supports"
         ) from error
     draft.max_model_len = min(draft.max_model_len, target.max_model_len)
+    # vLLM calls the first of its methods that quantise as they load by an older name, too.
+    as_loaded = config.draft_quantization in ("fp8", *ONLINE_QUANT_SHORTHAND_NAMES)
+    if as_loaded and draft.model_arch_config.quantization_config is None:
+        draft.quantization_config = resolve_quantization_config(
+            config.draft_quantization, QuantizationConfigArgs(ignore=[NOT_OF_LANGUAGE])
+        )
     return draft
 
 

@@ -87,6 +87,13 @@ class VLLMDraftModel:
                 raise
             # Whether a device has kernels for it, vLLM finds out when it quantises a layer.
             raise unfit_quantization(config, str(error)) from error
+        quantised = getattr(self.vllm_config.quant_config, "quantized_layers", None)  # as they were loaded
+        if quantised is not None and not quantised:
+            raise LVSpecConfigError(
+                f"draft_quantization={config.draft_quantization!r}: the drafter {config.model!r} has no layers under "
+                "the name language_model that could be quantised as they are loaded; must be left unset, or be the "
+                "method of a checkpoint that is quantised already"
+            )
         self.uses_mrope = supports_mrope(self.model) and model_config.uses_mrope
         self._allocate_cache(config)
         bind_kv_cache_to_layers(self.caches, self.vllm_config.compilation_config.static_forward_context)
