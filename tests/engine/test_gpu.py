@@ -20,6 +20,7 @@ from vllm.utils import jit_monitor
 from vllm_lvspec import kernels
 from vllm_lvspec.bench.run import prompt_writer
 from vllm_lvspec.bench.samples import videofacts
+from vllm_lvspec.engine.placeholders import PADDING_TOKEN_ID
 from vllm_lvspec.reference import PAIRS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA or AMD GPU")
@@ -194,7 +195,7 @@ def test_the_device_is_not_waited_for_while_it_drafts():
             if taken is not None:
                 num_watched += 1
                 assert runner.drafter._started is not None, "waited for by an event, of which PyTorch says nothing"
-                assert {token for draft in taken.draft_token_ids for token in draft} == {-1}
+                assert {token for draft in taken.draft_token_ids for token in draft} <= {-1, PADDING_TOKEN_ID}
             return taken
 
         runner.take_draft_token_ids = watched
@@ -228,25 +229,32 @@ def graphs_of_steps(engine: Engine) -> list[tuple[CUDAGraphMode, BatchDescriptor
 
 
 def test_drafts_of_different_length_are_padded_to_a_full_graph(alone):
-    """By a price that makes padding free: what it costs this small target is not asked here."""
+    """As if padding cost nothing: what it costs this small target is not asked here."""
     with running("qwen2_5_vl", lvspec={"draft_length": "adaptive"}) as engine:
         (runner,) = engine.llm.collective_rpc(lambda worker: worker.model_runner)
-        num_padding, pad = [], runner._in_one_graph
+        graphs, of_padded = graphs_of_steps(engine), []
+        pad, execute = runner._in_one_graph, runner.execute_model
 
         def padded_for_nothing(drafts: list[list[int]]) -> list[list[int]]:
-            costs, runner.drafter.drafter.costs = runner.drafter.drafter.costs, None
-            result = pad(drafts)
-            runner.drafter.drafter.costs = costs
-            num_padding.append(sum(map(len, result)) - sum(map(len, drafts)))
+            drafter = runner.drafter.drafter
+            costs, drafter.costs = drafter.costs, None
+            try:
+                return pad(drafts)
+            finally:
+                drafter.costs = costs
+
+        def watched(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            result = execute(scheduler_output, *args, **kwargs)
+            if any(tokens[-1] == PADDING_TOKEN_ID for tokens in scheduler_output.scheduled_spec_decode_tokens.values()):
+                of_padded.append(graphs[-1])
             return result
 
-        runner._in_one_graph = padded_for_nothing
-        graphs = graphs_of_steps(engine)
+        runner._in_one_graph, runner.execute_model = padded_for_nothing, watched
         got = ask(engine, "qwen2_5_vl")
         check_drafts(engine, 0.2)
-    assert sum(num_padding) > 50
-    chains = BatchDescriptor(33, 3, uniform=True), BatchDescriptor(44, 4, uniform=True)
-    assert any(mode == CUDAGraphMode.FULL and batch in chains for mode, batch in graphs)
+    assert len(of_padded) > 10
+    in_one = [mode == CUDAGraphMode.FULL for mode, _ in of_padded]
+    assert sum(in_one) > 0.9 * len(in_one)  # near the length limit the scheduler cuts drafts
     assert_same_but_for_rounding(got, alone("qwen2_5_vl"))
 
 

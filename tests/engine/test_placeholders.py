@@ -406,11 +406,17 @@ def test_two_ranks_put_the_same_tokens_into_their_inputs(engines: Callable[..., 
     engine.llm.collective_rpc(count_placeholders)
     got = engine.run(generate_requests(QWEN, count, seed=2), (8, 1, 5))
     stats = engine.stats()  # asserts that the ranks agree
-    engine.llm.collective_rpc(look_at_tokens, args=(True,))
     assert token_ids(got) == token_ids(want)
     first, second = engine.llm.collective_rpc(num_placeholders)
     assert first == second == stats["drafted_tokens"] > 300
     assert engine.metric("spec_decode_num_accepted_tokens") > 0.5 * stats["drafted_tokens"]
+    engine.llm.collective_rpc(have_graphs_of_chains)
+    got = engine.run(generate_requests(QWEN, count, seed=2), (8, 1, 5))
+    engine.llm.collective_rpc(look_at_tokens, args=(True,))
+    assert token_ids(got) == token_ids(want)
+    first, second = engine.llm.collective_rpc(num_padding)
+    assert first == second > 20
+    engine.stats()
 
 
 def look_at_tokens(worker: Any, yes: bool) -> None:
@@ -428,5 +434,22 @@ def count_placeholders(worker: Any) -> None:
     placeholders.put = counted
 
 
+def have_graphs_of_chains(worker: Any) -> None:
+    runner = worker.model_runner
+    execute, worker.num_padding = runner.execute_model, 0
+
+    def watched(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        drafted = scheduler_output.scheduled_spec_decode_tokens.values()
+        worker.num_padding += sum(tokens.count(PADDING_TOKEN_ID) for tokens in drafted)
+        return execute(scheduler_output, *args, **kwargs)
+
+    runner.execute_model = watched
+    runner.cudagraph_dispatcher.has_graph = lambda num_requests, tokens: tokens == 1 + runner.num_spec_tokens
+
+
 def num_placeholders(worker: Any) -> int:
     return worker.num_placeholders
+
+
+def num_padding(worker: Any) -> int:
+    return worker.num_padding

@@ -37,11 +37,13 @@ class LVSpecScheduler(Scheduler):
         return output
 
     def _drop_useless_padding(self) -> None:
-        """Padding makes a graph only of steps in which all have drafts."""
+        """Padding makes a graph only of steps in which all have as many tokens, and no prompt is read."""
         if all(num_drafted(request.spec_token_ids) == len(request.spec_token_ids) for request in self.running):
             return
-        may_join = self.waiting and len(self.running) < self.max_num_running_reqs
-        if may_join or not all(request.spec_token_ids for request in self.running):
+        num_running, num_waiting = self.get_request_counts()
+        num_idle = self.num_waiting_for_streaming_input  # sessions that are among those who wait, but for their users
+        may_join = num_waiting > num_idle and num_running + num_idle < self.max_num_active_reqs
+        if may_join or len({len(request.spec_token_ids) for request in self.running}) > 1:
             for request in self.running:
                 request.spec_token_ids = request.spec_token_ids[: num_drafted(request.spec_token_ids)]
 
