@@ -28,29 +28,25 @@ def engine(one_process: bool = True, **arguments) -> Iterator[LLM]:
     with pytest.MonkeyPatch.context() as patch:
         if one_process:
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        llm = LLM(
-            **arguments,
-            dtype="float32",
-            max_model_len=1024,
-            max_num_seqs=4,
-            enforce_eager=True,
-            kv_cache_memory_bytes=2**28,
+        common = dict(
+            dtype="float32", max_model_len=1024, max_num_seqs=4, enforce_eager=True, kv_cache_memory_bytes=2**28,
             limit_mm_per_prompt={"video": 1, "image": 0},
-        )
+        )  # fmt: skip
+        llm = LLM(**{**common, **arguments})
     try:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
 
 
-def describe(llm: LLM, family: Family) -> list[RequestOutput]:
-    """Greedy answers to eight videos, with the five best tokens' logprobs."""
+def describe(llm: LLM, family: Family, num_videos: int = 8) -> list[RequestOutput]:
+    """Greedy answers, with the five best tokens' logprobs."""
     prompts = [
         {
             "prompt": turn("user", family.video + QUESTIONS[seed % len(QUESTIONS)]) + "<|im_start|>assistant\n",
             "multi_modal_data": {"video": [video(seed)]},
         }
-        for seed in range(8)
+        for seed in range(num_videos)
     ]
     return llm.generate(prompts, SamplingParams(temperature=0, max_tokens=32, logprobs=5), use_tqdm=False)
 
@@ -124,6 +120,22 @@ def test_the_drafter_drafts_the_same_in_a_larger_shape():
     assert weights == weights_of(TWICE_THE_HEAD)
     assert drafted[0] == drafted[1]
     assert drafted[0][1] > 50
+
+
+def test_a_drafter_in_a_larger_shape_can_be_quantised_as_it_is_loaded():
+    """Beside a target in its own shape, of which vLLM asks no more than to be loaded in the same format."""
+    drafting = {
+        "method": "lvspec", "policy": "strict", "model": str(DRAFT), "only_if_faster": False,
+        "draft_quantization": "fp8_per_channel",
+        "draft_hf_overrides": upscaled(str(DRAFT), TWICE_THE_HEAD)["hf_overrides"],
+    }  # fmt: skip
+    with engine(model=str(TARGET), load_format=LOAD_FORMAT, dtype="bfloat16", speculative_config=drafting) as llm:
+        describe(llm, QWEN, 2)
+        (stats,) = llm.collective_rpc("lvspec_stats")
+        (drafter,) = llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter.model)
+    layers = [layer for name, layer in drafter.model.named_modules() if ".layers." in name and name.endswith("_proj")]
+    assert {layer.weight.dtype for layer in layers} == {torch.float8_e4m3fn}
+    assert stats["tokens_exact"] > 0.1 * stats["drafted_tokens"] > 4
 
 
 def test_llava_answers_as_before_in_a_larger_shape(checkpoint: Callable[..., str]):

@@ -34,7 +34,7 @@ from vllm_lvspec.bench.samples import Sample, Video, videofacts
 from vllm_lvspec.bench.videofacts.scene import video_item
 from vllm_lvspec.config import MAX_SPECULATIVE_TOKENS, METHOD
 from vllm_lvspec.reference import PAIRS
-from vllm_lvspec.reference.upscale import TEXT_SHAPES, text_shape, upscaled
+from vllm_lvspec.reference.upscale import LOAD_FORMAT, TEXT_SHAPES, text_shape, upscaled
 
 Result = TypeVar("Result")
 
@@ -342,6 +342,7 @@ def _measure(
         config["draft_length"] = "adaptive"  # under which a request's drafts of any length have a CUDA graph
     if drafter.shape is not None:
         config["draft_hf_overrides"] = upscaled(draft, drafter.shape)["hf_overrides"]
+        arguments["load_format"] = LOAD_FORMAT  # the target's, too, which may have its own shape
     if drafter.quantization is not None:
         config["draft_quantization"] = drafter.quantization
     with running_engine(model, config, most, arguments) as llm:
