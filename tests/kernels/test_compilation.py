@@ -10,7 +10,7 @@ TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> subprocess.CompletedProcess[str]:
-    """Of one process for all of them, because importing the compiler takes longer than compiling."""
+    """What one process says for all of them, which imports the compiler once."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     command = [sys.executable, str(Path(__file__).with_name("compile_for.py")), *TARGETS]

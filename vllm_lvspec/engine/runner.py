@@ -113,17 +113,16 @@ class LVSpecGPUModelRunner(GPUModelRunner):
     def _calc_spec_decode_metadata(
         self, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray
     ) -> SpecDecodeMetadata:
-        # vLLM makes it in every step of an engine that speculates; of a batch where nobody has a draft it is known.
         num_requests = len(num_draft_tokens)
         if num_draft_tokens.any():
+            # Rows of padding have no logits, so that neither the sampler nor anybody behind it knows of them.
             lists = self.input_batch.spec_token_ids[:num_requests]
             drafted = np.fromiter(map(num_drafted, lists), np.int32, num_requests)
-            if (padding := num_draft_tokens - drafted).any():
-                # Rows of padding have no logits, so that neither the sampler nor anybody behind it knows of them.
-                for tokens, count in zip(lists, drafted.tolist(), strict=True):
-                    del tokens[count:]
-                return super()._calc_spec_decode_metadata(drafted, cu_num_scheduled_tokens - padding)
-            return super()._calc_spec_decode_metadata(num_draft_tokens, cu_num_scheduled_tokens)
+            for tokens, count in zip(lists, drafted.tolist(), strict=True):
+                del tokens[count:]
+            padding = num_draft_tokens - drafted
+            return super()._calc_spec_decode_metadata(drafted, cu_num_scheduled_tokens - padding)
+        # vLLM makes it in every step of an engine that speculates; of a batch where nobody has a draft it is known.
         if self._undrafted is None or len(self._undrafted.num_draft_tokens) != num_requests:
             each = torch.arange(num_requests + 1, dtype=torch.int32, device=self.device)
             self._undrafted = SpecDecodeMetadata(
