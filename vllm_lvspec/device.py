@@ -29,6 +29,12 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Ten
     ]
 
 
+def pinned(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """`array` on the host, from where it can be copied to the device without waiting."""
+    there = torch.from_numpy(array)
+    return there.pin_memory() if device.type == "cuda" else there
+
+
 class Clock:
     """What time it is for a device that the host may be ahead of."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,6 +14,9 @@ import torch
 from vllm import LLM, RequestOutput, SamplingParams, envs
 from vllm.compilation.monitor import set_cudagraph_capturing_enabled
 from workload import Request
+
+from vllm_lvspec.engine.placeholders import PADDING_TOKEN_ID
+from vllm_lvspec.engine.runner import LVSpecGPUModelRunner
 
 MAX_MODEL_LEN = 512
 # Other drafts than the default ones, for tests of outputs that must not depend on them:
@@ -102,3 +107,44 @@ class Engine:
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def in_graphs_of_chains(engine: Engine) -> Iterator[Counter[str]]:
+    """The target is said to have graphs of whole chains alone; counts what is scheduled in steps of decodes."""
+    runner: LVSpecGPUModelRunner
+    (runner,) = engine.llm.collective_rpc(lambda worker: worker.model_runner)
+    chain = 1 + runner.num_spec_tokens
+    counts: Counter[str] = Counter()
+    execute = runner.execute_model
+
+    def watched(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if drafted := scheduler_output.scheduled_spec_decode_tokens:
+            sizes = [scheduler_output.num_scheduled_tokens[name] for name in drafted]
+            counts["padding"] += sum(tokens.count(PADDING_TOKEN_ID) for tokens in drafted.values())
+            counts["steps"] += len(drafted) > 1
+            counts["whole"] += len(drafted) > 1 and set(sizes) == {chain}
+            assert all(tokens[0] != PADDING_TOKEN_ID for tokens in drafted.values())
+        return execute(scheduler_output, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner.cudagraph_dispatcher, "has_graph", lambda num_requests, tokens: tokens == chain)
+        patch.setattr(runner, "execute_model", watched)
+        yield counts
+
+
+@contextmanager
+def ragged(engine: Engine) -> Iterator[None]:
+    """Drafts of one to eight tokens, whoever's and whenever."""
+    runner: LVSpecGPUModelRunner
+    (runner,) = engine.llm.collective_rpc(lambda worker: worker.model_runner)
+    make = runner.drafter._request
+
+    def shorter(*args: Any) -> Any:
+        request = make(*args)
+        request.max_draft_tokens = min(request.max_draft_tokens, 1 + 5 * len(request.token_ids) % 8)
+        return request
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner.drafter, "_request", shorter)
+        yield

@@ -1,12 +1,12 @@
 """The drafter's decode steps from recorded inputs; without a GPU, a replay is a forward over the inputs themselves."""
 
 import copy
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from replays import Replays
 from vllm import SamplingParams
 from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
@@ -26,31 +26,6 @@ from vllm_lvspec.engine.decode_graphs import (
     prepare_for_graphs,
     unlocked_workspace,
 )
-
-
-class Replays(DecodeGraphs):
-    """As a graph does, a replay reads what the inputs hold then, and writes where the recording wrote."""
-
-    num_rows: list[tuple[int, int]]  # requests, tokens of each
-
-    @contextmanager
-    def _recording(self):
-        self.num_rows = []
-        yield
-
-    @contextmanager
-    def _without_waiting(self):
-        yield
-
-    def _replay(self, batch, metadata):
-        hidden = self._model.run(batch, metadata)
-
-        def replay():
-            self.num_rows.append((len(batch.seq_lens), batch.max_query_len))
-            # On CPUs metadata hold plans of their own, which graphs' backends keep in buffers.
-            hidden.copy_(self._model.run(batch, self._model.metadata(batch)))
-
-        return replay, hidden
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import Engine
+from harness import Engine, in_graphs_of_chains, ragged
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from workload import QWEN, Request, generate_requests, token_ids, turn, video
@@ -132,30 +132,6 @@ def running_ahead(engine: Engine, yes: bool = True) -> Iterator[Counter[str]]:
     assert not placeholders._drafts and runner.drafter._started is None
 
 
-@contextmanager
-def in_graphs_of_chains(engine: Engine) -> Iterator[Counter[str]]:
-    """The target is said to have graphs of whole chains alone; counts what is scheduled in steps of decodes."""
-    runner: LVSpecGPUModelRunner
-    (runner,) = engine.llm.collective_rpc(lambda worker: worker.model_runner)
-    chain = 1 + runner.num_spec_tokens
-    counts: Counter[str] = Counter()
-    execute = runner.execute_model
-
-    def watched(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        if drafted := scheduler_output.scheduled_spec_decode_tokens:
-            sizes = [scheduler_output.num_scheduled_tokens[name] for name in drafted]
-            counts["padding"] += sum(tokens.count(PADDING_TOKEN_ID) for tokens in drafted.values())
-            counts["steps"] += len(drafted) > 1
-            counts["whole"] += len(drafted) > 1 and set(sizes) == {chain}
-            assert all(tokens[0] != PADDING_TOKEN_ID for tokens in drafted.values())
-        return execute(scheduler_output, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.cudagraph_dispatcher, "has_graph", lambda num_requests, tokens: tokens == chain)
-        patch.setattr(runner, "execute_model", watched)
-        yield counts
-
-
 # Prompts in chunks, too few pages for all, and in every second step no room for most drafts.
 SCARCE = {"max_num_batched_tokens": 96, "num_gpu_blocks_override": 19}
 
@@ -191,23 +167,6 @@ def test_no_output_changes_where_the_scheduler_does_not_know_the_drafts(drafter,
     assert (engine.metric("num_preemptions") > before) == bool(options)
     stats = engine.stats()
     assert stats["pages_free"] == stats["pages_total"]
-
-
-@contextmanager
-def ragged(engine: Engine) -> Iterator[None]:
-    """Drafts of one to eight tokens, whoever's and whenever."""
-    runner: LVSpecGPUModelRunner
-    (runner,) = engine.llm.collective_rpc(lambda worker: worker.model_runner)
-    make = runner.drafter._request
-
-    def shorter(*args: Any) -> Any:
-        request = make(*args)
-        request.max_draft_tokens = min(request.max_draft_tokens, 1 + 5 * len(request.token_ids) % 8)
-        return request
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.drafter, "_request", shorter)
-        yield
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -275,7 +276,7 @@ def test_nothing_is_no_answer_to_how_to_verify(key):
 def test_a_running_session_is_verified_as_its_newest_parameters_say_and_bad_ones_are_strict():
     verification = Verification.__new__(Verification)
     verification.config, verification.features = LVSPEC, None
-    verification.runner = SimpleNamespace(device="cpu")
+    verification.runner = SimpleNamespace(device=torch.device("cpu"))
     verification._requests, verification._visual = {}, None
 
     def rules_with(extra: dict) -> RequestRules:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from vllm_lvspec.device import upload
+
 
 @dataclass
 class DraftBatch:
@@ -51,4 +53,5 @@ def take_rows(values: torch.Tensor, rows: np.ndarray, dim: int = 0) -> torch.Ten
     """`rows` (ascending) of `values`; a view where they are the first ones."""
     if rows[-1] == len(rows) - 1:
         return values.narrow(dim, 0, len(rows))
-    return values.index_select(dim, torch.from_numpy(rows).to(values.device))
+    (there,) = upload([rows], values.device)
+    return values.index_select(dim, there)

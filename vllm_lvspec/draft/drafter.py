@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from vllm_lvspec.device import Clock, upload
+from vllm_lvspec.device import Clock, pinned, upload
 from vllm_lvspec.draft.batch import DraftBatch, take_rows
 from vllm_lvspec.draft.drafts import Drafted, Drafts
 from vllm_lvspec.draft.embeddings import EmbeddingCache, KeptEmbeddings
@@ -469,7 +469,7 @@ class Drafter:
             kept.append(indices)
             if embeddings is not None and not self.model.copies:
                 rows = torch.searchsorted(embeddings.indices, indices)
-                part = embeddings.embeddings[rows.to(embeddings.embeddings.device)]
+                part = _rows_of(embeddings.embeddings, rows)
                 visual.append(KeptEmbeddings(embeddings.num_embeddings, indices, part))
         return kept, visual
 
@@ -505,7 +505,7 @@ class Drafter:
             found = whole
         else:
             indices = self._kept_rows(item, None, whole)
-            found = KeptEmbeddings(len(full), indices, full[indices.to(full.device)].clone())
+            found = KeptEmbeddings(len(full), indices, _rows_of(full, indices))
         self.embeddings.put(item.identifier, found)
         return found
 
@@ -700,7 +700,7 @@ class Drafter:
             np.concatenate(token_ids).astype(np.int64),
         )
         if visual:
-            batch.visual_mask, batch.visual = torch.from_numpy(np.concatenate(masks)), visual
+            batch.visual_mask, batch.visual = pinned(np.concatenate(masks), self.model.device), visual
         return batch
 
     def _decode_batch(
@@ -750,6 +750,12 @@ class Drafter:
         for row, sequence in enumerate(sequences):
             table[row, : len(sequence.pages)] = sequence.pages
         return table
+
+
+def _rows_of(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """A copy of `rows` (int64, on the host) of what may be on the device."""
+    (there,) = upload([rows.numpy()], values.device)
+    return values[there]
 
 
 def _columns(tokens: Sequence[torch.Tensor]) -> torch.Tensor:

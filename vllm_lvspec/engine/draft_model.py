@@ -240,7 +240,7 @@ class VLLMDraftModel:
                 # A prompt may hold ids that only the target's padded vocabulary has.
                 batch.token_ids.clamp(max=self.vocab_size - 1),
                 multimodal_embeddings=batch.visual or None,
-                is_multimodal=None if batch.visual_mask is None else batch.visual_mask.to(self.device),
+                is_multimodal=batch.visual_mask,  # on the host, as vLLM's models are given it
             )
             positions = batch.positions if self.uses_mrope else batch.positions[0]
             return self.model(input_ids=None, positions=positions, inputs_embeds=embeds)

@@ -14,6 +14,7 @@ from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
+from vllm_lvspec.device import upload
 from vllm_lvspec.draft.pruning import STRATEGIES
 from vllm_lvspec.engine.arguments import lvspec_config
 from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
@@ -177,7 +178,7 @@ class PromptScores:
         assert self._layout is not None
         state = self.runner.requests[queries.req_id]
         device = query.device
-        visual = torch.from_numpy(self.verification.visual_positions(state).astype(np.int32)).to(device)
+        (visual,) = upload([self.verification.visual_positions(state).astype(np.int32)], device)
         rows = query[queries.begin : queries.end]
         num_keys = queries.position + len(rows)
         positions = torch.arange(queries.position, num_keys, dtype=torch.int32, device=device)

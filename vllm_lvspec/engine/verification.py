@@ -321,9 +321,8 @@ class Verification:
             return
         assert self._states is not None
         device = self._states.device
-        row_idx, block_idx, slot_idx = (
-            torch.from_numpy(np.concatenate(x).astype(np.int64)).to(device) for x in (rows, blocks, slots)
-        )
+        places = [np.concatenate(x).astype(np.int64) for x in (rows, blocks, slots)]
+        row_idx, block_idx, slot_idx = upload(places, device)
         if len(row_idx):
             self.features.write(self._projected(self._states[row_idx]), block_idx, slot_idx)
 
@@ -347,10 +346,8 @@ class Verification:
         if self.features is not None:
             layout = self.features.layout
             own = layout.places(places[layout.own(places)])
-        new = _Request(
-            self._rules_of(state), state.sampling_params, len(state.mm_features), places, items,
-            torch.from_numpy(own.astype(np.int32)).to(self.runner.device),
-        )  # fmt: skip
+        (there,) = upload([own.astype(np.int32)], self.runner.device)
+        new = _Request(self._rules_of(state), state.sampling_params, len(state.mm_features), places, items, there)
         if request is not None:  # a streaming session has gone on with a longer prompt, or asks for something else
             new.reasons, new.num_alone = request.reasons, request.num_alone
             self._visual = None
@@ -448,13 +445,13 @@ class Verification:
         stored = self._stored()
         own = np.flatnonzero(layout.own(positions))
         block_places, slot_places = np.divmod(layout.places(positions[own]), layout.slots_per_block)
-        rows, blocks, slots = (
-            torch.from_numpy(x.astype(np.int64)).to(stored.device) for x in (own, table[block_places], slot_places)
-        )
+        places = [x.astype(np.int64) for x in (own, table[block_places], slot_places)]
+        rows, blocks, slots = upload(places, stored.device)
         queries = self._states_of(torch.arange(begin, end, device=stored.device)).float()
         query = F.normalize(queries, dim=1).sum(0)
         result = torch.zeros(len(positions), device=stored.device)
-        for part in torch.arange(len(rows)).split(FEATURES_AT_ONCE):
+        for first in range(0, len(rows), FEATURES_AT_ONCE):
+            part = slice(first, first + FEATURES_AT_ONCE)
             features = F.normalize(stored[blocks[part], slots[part]].flatten(1).float(), dim=1)
             result[rows[part]] = features @ query
         return result

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from vllm_lvspec.config import LVSpecConfig
+from vllm_lvspec.device import upload
 from vllm_lvspec.kernels.acceptance import Accepted, Chains, accept
 from vllm_lvspec.kernels.relevance import FEW_SPLITS, FULL_GPU, VisualPages, mean_of_top, top_cosines
 from vllm_lvspec.verify.policies import POLICIES, Evidence
@@ -148,6 +150,6 @@ class Verifier:
             if i == 0:
                 scores = found
             else:
-                mine = torch.tensor([r.policy == name for r in requests]).to(found.device)
+                (mine,) = upload([np.array([r.policy == name for r in requests])], found.device)
                 scores = torch.where(mine[evidence.requests], found, scores)
         return scores
