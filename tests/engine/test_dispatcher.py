@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,7 +58,7 @@ def runner_of(
     runner.input_batch = SimpleNamespace(lora_id_to_lora_request={})
     runner.lora_config, runner.load_config = None, SimpleNamespace(use_tqdm_on_load=False)
     runner.scores = SimpleNamespace(must_look=lambda: False)
-    runner.uniform_decode_query_len = CHAIN
+    runner.uniform_decode_query_len, runner._measures_pieces = CHAIN, False
     runner.cudagraph_dispatcher = dispatcher(config, **options)
     runner.cudagraph_dispatcher.initialize_cudagraph_keys(CUDAGraphMode[mode], CHAIN)
     return runner
@@ -123,8 +124,9 @@ def test_drafts_are_padded_where_that_makes_one_graph_and_costs_little(lens, is_
     drafts = [[7] * length for length in lens]
     want = [[7] * length + [PADDING_TOKEN_ID] * (K - length) if length else [] for length in lens]
     assert runner._in_one_graph(drafts) == (want if is_padded else drafts)
-    for slope, pays in ((0.0001, True), (0.1, False)):  # seconds a row more
-        runner.drafter.drafter.costs = StepCosts([1, 2], [1, 1 + slope], [0.0, 0.0])
+    for slope, in_pieces, pays in ((0.0001, 0.1, True), (0.1, 0.1, False), (0.1, 100.0, True)):  # seconds a row more
+        pieces = [1 + in_pieces, 1 + in_pieces + slope]
+        runner.drafter.drafter.costs = StepCosts([1, 2], [1, 1 + slope], [0.0, 0.0], pieces=pieces)
         assert runner._in_one_graph(drafts) == (want if is_padded and pays else drafts)
 
 
@@ -213,6 +215,37 @@ def test_what_steps_cost_is_measured_over_batches_that_have_graphs(max_num_seqs,
         assert each == (1 if num_requests * each <= max_num_seqs else CHAIN)
         if num_requests * each <= 704:
             assert graph_of(runner, [each] * num_requests)[0] == CUDAGraphMode.FULL
+
+
+@pytest.mark.parametrize(
+    ("mode", "pieces"), [("FULL_AND_PIECEWISE", CUDAGraphMode.PIECEWISE), ("FULL_DECODE_ONLY", CUDAGraphMode.NONE)]
+)
+def test_what_a_step_costs_in_pieces_is_measured_without_the_graph_that_there_is_for_it(mode, pieces):
+    runner, launched = ours(mode), []
+
+    def dummy_run(num_tokens: int, uniform_decode: bool, **options: Any) -> tuple[torch.Tensor, None]:
+        lens = [runner.uniform_decode_query_len] * (num_tokens // runner.uniform_decode_query_len)
+        before = runner.uniform_decode_query_len
+        runner.uniform_decode_query_len = runner.cudagraph_dispatcher.uniform_decode_query_len = CHAIN
+        launched.append(graph_of(runner, lens, force_uniform_decode=uniform_decode)[0])
+        runner.uniform_decode_query_len = runner.cudagraph_dispatcher.uniform_decode_query_len = before
+        return torch.zeros(num_tokens, 1), None
+
+    runner._dummy_run, runner._sync_device = dummy_run, lambda: None
+    runner._blocks_apart = lambda num_requests, context: nullcontext()
+    runner.model = SimpleNamespace(compute_logits=lambda hidden: hidden)
+    for batch in ((1, 1), (1, CHAIN), (3, CHAIN)):
+        for in_pieces in (False, True):
+            assert runner._target_seconds(*batch, 1, in_pieces) > 0
+    assert launched == [CUDAGraphMode.FULL, pieces] * 3
+    assert graph_of(runner, [CHAIN])[0] == CUDAGraphMode.FULL
+
+
+def test_what_steps_were_launched_as_follows_from_their_tokens():
+    runner = ours()
+    for lens, is_graph in (([1], True), ([CHAIN] * 3, True), ([CHAIN, 4], False), ([4], False), ([CHAIN] * 9, False)):
+        step = SimpleNamespace(num_scheduled_tokens=dict(enumerate(lens)), total_num_scheduled_tokens=sum(lens))
+        assert runner._was_one_graph(step) == is_graph == (graph_of(runner, lens)[0] == CUDAGraphMode.FULL)
 
 
 def test_requests_to_measure_with_read_blocks_of_their_own():

@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from workload import LLAVA, QWEN, Family, Request, generate_requests, token_ids, turn, video
 
 from vllm_lvspec.bench.samples import videofacts
-from vllm_lvspec.draft.length import StepCosts
+from vllm_lvspec.draft.length import Corrections, StepCosts
 from vllm_lvspec.engine import draft_model, scoring
 from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
 from vllm_lvspec.engine.runner import LVSpecGPUModelRunner
@@ -186,6 +186,35 @@ def test_drafts_as_long_as_they_pay_change_no_output(engines, oracle):
     assert stats["drafted_tokens"] + stats["skipped_cost"] > 0
     assert stats["pages_free"] == stats["pages_total"]
     nothing_left(engine)
+
+
+def test_what_steps_cost_in_pieces_is_known_where_they_can_be_graphs(engines, monkeypatch):
+    engine = engines(QWEN, drafter=0, lvspec={**AS_FAR_AS_PAYS, "pruning": "attention"}, **STRESS)
+    proposer = runner_of(engine).drafter
+    monkeypatch.setattr(proposer.drafter, "costs", None)
+    batches, chain = [(1, 1), (2, 1), (1, 11), (2, 11)], 11
+
+    def seconds(num_requests: int, each: int, context: int, in_pieces: bool = False) -> float:
+        assert not in_pieces or num_requests * each <= 11
+        device = 1 + 0.01 * num_requests * each + 1e-6 * context
+        return max(1.1, device) if in_pieces else device  # the host's, unless the device takes longer
+
+    proposer.measure_costs(seconds, batches, lambda num_requests, each: num_requests * each <= 11)
+    costs = proposer.drafter.costs
+    for rows, more in ((1, 0.09), (2, 0.08), (11, 0.0), (22, 0.0)):
+        asked = costs.of_verification(1, rows, 100), costs.of_verification_in_pieces(1, rows, 100)
+        assert asked[1] - asked[0] == pytest.approx(more, abs=1e-4)
+    assert costs.scaled(2.0, 1.0, 1.0, 1.0).pieces == [2 * value for value in costs.pieces]
+    taken = costs.of_verification_in_pieces(1, 1, 0)
+    for in_pieces, factor in ((True, 1.0), (False, 1.1 / 1.01)):  # what is foretold by the wrong price is corrected
+        monkeypatch.setattr(proposer.drafter, "corrections", Corrections())
+        for _ in range(40):
+            proposer.note_step(taken, 1, 1, 0, in_pieces)
+        assert proposer.drafter.corrections.factor("target", 1) == pytest.approx(factor, rel=1e-3)
+    proposer.measure_costs(seconds, batches, lambda num_requests, each: False)
+    costs = proposer.drafter.costs
+    assert costs.pieces is None
+    assert costs.of_verification_in_pieces(1, chain, 100) == costs.of_verification(1, chain, 100)
 
 
 @pytest.mark.parametrize("cache", ["copy", "compute"])

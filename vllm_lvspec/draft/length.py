@@ -66,7 +66,8 @@ class StepCosts:
     a request's first, which is nothing where attention waits for memory; `prompt`: of the drafter's with one request's
     prompt; `first`: times as long as a further drafted token the first one takes, with all that is done for drafts of
     any length; `verification`: times as long as by the others a step of the target with drafts takes, of which a part
-    may be done while the drafter runs."""
+    may be done while the drafter runs; `pieces`: instead of `target` where a step is launched in pieces that could be
+    one graph, None where there are no graphs."""
 
     rows: Sequence[int]
     target: Sequence[float]
@@ -77,6 +78,7 @@ class StepCosts:
     prompt: float = 0.0
     first: float = 1.0
     verification: float = 1.0
+    pieces: Sequence[float] | None = None
 
     def faded(self, num_steps: int) -> StepCosts:
         """The price of prompts a little lower: it is not taken again while none is read."""
@@ -88,6 +90,7 @@ class StepCosts:
         return replace(
             self,
             target=[target * seconds for seconds in self.target],
+            pieces=None if self.pieces is None else [target * seconds for seconds in self.pieces],
             draft=[draft * seconds for seconds in self.draft],
             target_per_context=target * self.target_per_context,
             draft_per_context=draft * self.draft_per_context,
@@ -103,6 +106,12 @@ class StepCosts:
         """What the target takes for `num_rows` of `num_requests`, as many of each, which have as much `context`."""
         further = num_rows / num_requests - 1
         return self.of_target(num_rows, context) + self.target_per_row_context * further * context
+
+    def of_verification_in_pieces(self, num_requests: float, num_rows: float, context: float) -> float:
+        more = 0.0
+        if self.pieces is not None:
+            more = _interpolate(self.rows, self.pieces, num_rows) - _interpolate(self.rows, self.target, num_rows)
+        return float(self.of_verification(num_requests, num_rows, context) + max(0.0, more))
 
     def of_draft(self, rows: float | np.ndarray, context: float | np.ndarray = 0.0) -> Any:
         return _interpolate(self.rows, self.draft, rows) + self.draft_per_context * context

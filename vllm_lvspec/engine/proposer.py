@@ -161,14 +161,18 @@ class LVSpecProposer:
         return max(0, before - after)
 
     def measure_costs(
-        self, target_seconds: Callable[[int, int, int], float], batches: Sequence[tuple[int, int]]
+        self,
+        target_seconds: Callable[..., float],
+        batches: Sequence[tuple[int, int]],
+        has_graph: Callable[[int, int], bool],
     ) -> None:
         """Time forwards over `batches`, requests and tokens of each, by ascending tokens in all.
 
         All ranks then go by the first rank's clock.
 
-        `target_seconds(num_requests, rows_each, context)`: what the target takes for so many tokens of each of so many
-        requests, which have so many in their cache; there are one or `1 + K` tokens of each.
+        `target_seconds(num_requests, rows_each, context, in_pieces=False)`: what the target takes for so many tokens of
+        each of so many requests, which have so many in their cache; there are one or `1 + K` tokens of each.
+        `in_pieces`: without the graph that there is for these where it `has_graph(num_requests, rows_each)`.
         """
         assert self.drafter is not None
         model = self.drafter.model
@@ -178,10 +182,13 @@ class LVSpecProposer:
         context = min(CONTEXT_MEASURED, model.max_model_len - 1, model.pool.num_pages * model.pool.page_size - 1)
         rows: list[int] = []
         target: list[float] = []
+        pieces: list[float] = []
         draft: list[float] = []
         for num_requests, each in batches:
             rows.append(num_requests * each)
             target.append(_fastest(target_seconds, num_requests, each, 1))
+            graph = has_graph(num_requests, each)
+            pieces.append(_fastest(target_seconds, num_requests, each, 1, True) if graph else target[-1])
             # More rows than requests are none that it ever decodes.
             draft.append(_fastest(model.decode_seconds, min(rows[-1], most), 1))
             if get_tp_group().broadcast_object(target[-1] > SLOW_ENOUGH, src=0):
@@ -198,6 +205,7 @@ class LVSpecProposer:
             target_per_context=target_context,
             draft_per_context=_per_context(model.decode_seconds, several, context=context) / several,
             target_per_row_context=max(0.0, chain_context - target_context) / (chain - 1),
+            pieces=smooth_costs(rows, pieces) if any(has_graph(*batch) for batch in batches) else None,
         )
         self.drafter.costs = get_tp_group().broadcast_object(costs, src=0)
         logger.info_once(
@@ -210,14 +218,16 @@ class LVSpecProposer:
             context,
         )
 
-    def note_step(self, seconds: float, num_requests: int, num_rows: int, context: int) -> None:
+    def note_step(self, seconds: float, num_requests: int, num_rows: int, context: int, in_pieces: bool) -> None:
         """A step with nothing to prefill took `seconds` without its drafting, since the step before had its tokens."""
         assert self.drafter is not None
         if self.drafter.costs is None:
             return
         # What is done while the drafter runs takes no time.
         part = "verification" if self.ran_ahead else "target"
-        foretold = self.drafter.costs.of_verification(num_requests, num_rows, context)
+        costs = self.drafter.costs
+        price = costs.of_verification_in_pieces if in_pieces else costs.of_verification
+        foretold = price(num_requests, num_rows, context)
         foretold *= self.drafter.corrections.factor(part, num_requests)
         self._correct(part, num_requests, seconds, float(foretold))
 

@@ -32,10 +32,6 @@ from vllm_lvspec.engine.scoring import PromptScores
 from vllm_lvspec.engine.verification import Verification
 from vllm_lvspec.observe.metrics import Changes
 
-# Up to this share of a step more is paid for padding, to have the step launched as one graph: what falls out of the
-# graphs is launched in pieces, two a layer.
-PADDING_MARGIN = 0.05
-
 
 @dataclass
 class StepTimes:
@@ -76,7 +72,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         self.step_times = StepTimes()
         self._changes = Changes()
         self._step_started: float | None = None
-        self._is_measuring = False
+        self._is_measuring = self._measures_pieces = False
         self._undrafted: SpecDecodeMetadata | None = None  # of the last batch where nobody had a draft
         self._drafting: Callable[[], list[list[int]]] | None = None  # of the step whose drafts are not taken yet
         self._drafts_begun = 0.0
@@ -238,8 +234,14 @@ class LVSpecGPUModelRunner(GPUModelRunner):
                 context = int(self.input_batch.num_tokens_no_spec[: self.input_batch.num_reqs].sum())
                 num_requests = len(scheduler_output.num_scheduled_tokens)
                 num_rows = scheduler_output.total_num_scheduled_tokens
-                self.drafter.note_step(now - self._last_emitted - seconds, num_requests, num_rows, context)
+                in_pieces = not self._was_one_graph(scheduler_output)
+                self.drafter.note_step(now - self._last_emitted - seconds, num_requests, num_rows, context, in_pieces)
         self._last_emitted = now
+
+    def _was_one_graph(self, step: SchedulerOutput) -> bool:
+        num_requests, num_rows = len(step.num_scheduled_tokens), step.total_num_scheduled_tokens
+        most = max(step.num_scheduled_tokens.values())
+        return most * num_requests == num_rows and self.cudagraph_dispatcher.has_graph(num_requests, most)
 
     def _finish_drafts(self) -> float:
         """Seconds that the last ones took."""
@@ -271,7 +273,10 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         return self._in_one_graph(drafts)
 
     def _in_one_graph(self, drafts: list[list[int]]) -> list[list[int]]:
-        """`drafts` of a batch, padded where that has the target's step launched as one graph and costs little more."""
+        """`drafts` of a batch, padded where that has the target's step launched as one graph, and in less time.
+
+        What falls out of the graphs is launched in pieces, two a layer, or without any.
+        """
         lengths = [len(draft) for draft in drafts if draft]
         num_requests, chain, has_graph = len(lengths), 1 + self.num_spec_tokens, self.cudagraph_dispatcher.has_graph
         if not lengths or not has_graph(num_requests, chain):
@@ -281,9 +286,8 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         assert self.drafter.drafter is not None
         if (costs := self.drafter.drafter.costs) is not None:
             context = int(self.input_batch.num_tokens_no_spec[: len(drafts)].sum())
-            rows, most = num_requests + sum(lengths), num_requests * chain
-            cost, at_most = (costs.of_verification(num_requests, count, context) for count in (rows, most))
-            if at_most > (1 + PADDING_MARGIN) * cost:
+            in_pieces = costs.of_verification_in_pieces(num_requests, num_requests + sum(lengths), context)
+            if costs.of_verification(num_requests, num_requests * chain, context) > in_pieces:
                 return drafts
         return padded(drafts, chain - 1)
 
@@ -323,6 +327,8 @@ class LVSpecGPUModelRunner(GPUModelRunner):
     ) -> Any:
         if "force_uniform_decode" not in kwargs and self.scores.must_look():
             kwargs["force_uniform_decode"] = False  # the rest of a prompt may be as long as a decode
+        if self._measures_pieces:
+            kwargs["force_uniform_decode"] = False
         with self._decodes_of(self.cudagraph_dispatcher.decodes_like(num_reqs, max_num_scheduled_tokens)):
             return super()._determine_batch_execution_and_padding(
                 *args, num_reqs=num_reqs, max_num_scheduled_tokens=max_num_scheduled_tokens, **kwargs
@@ -346,7 +352,8 @@ class LVSpecGPUModelRunner(GPUModelRunner):
     def measure_costs(self) -> None:
         """Time forwards of target and drafter, so that the drafter knows what another token costs."""
         if self.drafter.config.draft_length == "adaptive" or self.drafter.config.only_if_faster:
-            self.drafter.measure_costs(self._target_seconds, self._batches_measured())
+            has_graph = self.cudagraph_dispatcher.has_graph
+            self.drafter.measure_costs(self._target_seconds, self._batches_measured(), has_graph)
 
     def _batches_measured(self) -> list[tuple[int, int]]:
         """Requests and tokens of each: as many single ones as there may be, then whole chains, which have graphs."""
@@ -373,9 +380,10 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             for table in tables:
                 table.block_table.np[:num_requests] = 0
 
-    def _target_seconds(self, num_requests: int, rows_each: int, context: int) -> float:
+    def _target_seconds(self, num_requests: int, rows_each: int, context: int, in_pieces: bool = False) -> float:
+        """`in_pieces`: without the graph that there is for such a step."""
         num_rows, context = num_requests * rows_each, max(context, rows_each)
-        self._is_measuring = True
+        self._is_measuring, self._measures_pieces = True, in_pieces
         try:
             with self._decodes_of(rows_each), self._blocks_apart(num_requests, context):
                 self._sync_device()
@@ -391,7 +399,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
                 self._sync_device()
                 return time.perf_counter() - started
         finally:
-            self._is_measuring = False
+            self._is_measuring = self._measures_pieces = False
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         if self._is_measuring:
