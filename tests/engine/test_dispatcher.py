@@ -208,7 +208,8 @@ def test_what_steps_cost_is_measured_over_batches_that_have_graphs(max_num_seqs,
     """But for sizes above what the user wants recorded."""
     runner = ours(most=704, max_num_seqs=max_num_seqs)
     runner.num_spec_tokens = CHAIN - 1
-    runner.scheduler_config = SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+    runner.scheduler_config = SimpleNamespace(max_num_seqs=max_num_seqs)
+    runner.drafter = SimpleNamespace(drafter=SimpleNamespace(most_rows=budget))
     batches = runner._batches_measured()
     assert [num_requests * each for num_requests, each in batches] == rows
     for num_requests, each in batches:

@@ -169,6 +169,19 @@ class Watched:
         self.gpu.findings.clear()
         return outputs
 
+    @torch.inference_mode()
+    def profile(self) -> None:
+        """As a GPU's worker does before it sizes its cache; vLLM's own for CPUs looks at memory alone."""
+        rows: list[int] = []
+        sampler, most_rows = self.runner.rejection_sampler, self.runner.drafter.drafter.most_rows
+        with pytest.MonkeyPatch.context() as patch:
+            forward = sampler.forward
+            patch.setattr(sampler, "forward", lambda *args: rows.append(len(args[2])) or forward(*args))
+            self.runner.profile_run()
+        assert max(rows) == most_rows == 11 * self.runner.scheduler_config.max_num_seqs
+        assert not self._refused()
+        self.runner.encoder_cache.clear()
+
     def _refused(self) -> list[Finding]:
         return [finding for finding in self.gpu.findings if finding.kind != WAITED]
 
@@ -234,6 +247,7 @@ def test_answers_are_the_targets_and_decodes_wait_once_for_what_they_emit(
     count = 18
     want = token_ids(oracle(family, count, 2))
     run = start(family, lvspec=settings, **options)
+    run.profile()
     graphs = run.use_graphs() if settings.get("model") != "self" else None
     requests = generate_requests(family, count, seed=2)
     plain = [i for i, request in enumerate(requests) if is_plain(request)]

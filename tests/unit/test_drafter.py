@@ -1292,3 +1292,27 @@ def test_a_refusal_is_for_about_the_same_requests_and_for_some_steps():
     assert drafter.rests(many[1:]) and drafter.rests(many[2:]) and drafter.rests([*many[1:], "new"])
     assert not drafter.rests(many[3:]) and not drafter.rests([*many[1:], "new", "newer"])
     assert drafter.counts["skipped_cost"] == 2 * 16 + 16 + 15 + 14 + 16
+
+
+@pytest.mark.parametrize(
+    ("rows", "lengths"),
+    [(100, [4, 4, 4]), (15, [4, 4, 4]), (14, [4, 4, 0]), (11, [4, 4, 0]), (10, [4, 0, 0]), (6, [0, 0, 0])],
+)
+def test_no_more_is_drafted_than_the_targets_logits_have_room_for(rows, lengths):
+    drafter = make_drafter()
+    requests = [make_request(str(i)) for i in range(3)]
+    drafter.most_rows = rows
+    assert [len(draft) for draft in drafter.propose(requests, 4)] == lengths
+    assert drafter.counts["skipped_cost"] == lengths.count(0)
+    assert drafter.counts["prefills"] == 3 - lengths.count(0)
+
+
+def test_who_has_drafts_goes_on_before_others_begin():
+    drafter = make_drafter()
+    first, second, third = (make_request(str(i)) for i in range(3))
+    drafter.most_rows = 6
+    drafts = drafter.propose([third], 4)
+    third = extended(third, [*drafts[0], 1], 4)
+    assert [len(draft) for draft in drafter.propose([first, third], 4)] == [0, 4]
+    drafter.release("2")
+    assert [len(draft) for draft in drafter.propose([first, second], 4)] == [4, 0]

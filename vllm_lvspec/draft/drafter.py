@@ -5,6 +5,7 @@ The drafter knows nothing of vLLM: requests come in as `DraftRequest`, the model
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -146,7 +147,8 @@ class Drafter:
 
     `scores(req_id)`: the target's scores of each item's tokens, None for items where it has none; for strategies that
     ask the target. Once `costs` are known, drafts are only as long as they pay, but of `least_length` where there is
-    room (`is_adaptive`), and where none pays there are none (`only_if_faster`).
+    room (`is_adaptive`), and where none pays there are none (`only_if_faster`). The target has room for `most_rows` of
+    logits in a step, one of each request and one of each drafted token.
     """
 
     def __init__(
@@ -160,6 +162,7 @@ class Drafter:
         is_adaptive: bool = False,
         only_if_faster: bool = False,
         least_length: int = 1,
+        most_rows: int = sys.maxsize,
     ):
         self.model = model
         self.strategy = strategy
@@ -167,6 +170,7 @@ class Drafter:
         self.is_adaptive = is_adaptive
         self.only_if_faster = only_if_faster
         self.least_length = least_length
+        self.most_rows = most_rows
         self.embeddings = EmbeddingCache(max_embedding_bytes)
         self.sequences: dict[str, DraftSequence] = {}
         self.costs: StepCosts | None = None
@@ -241,6 +245,7 @@ class Drafter:
         wanted = [(length, i) for length, i in wanted if not requests[i].is_done]
         if self.costs is not None and self.only_if_faster and wanted:
             wanted = self._paying(requests, wanted, num_speculative_tokens)
+        wanted = self._fitting(requests, wanted)
         ready = [(length, i) for length, i in wanted if self._prepare(requests[i], length)]
         if not ready:
             return
@@ -310,6 +315,19 @@ class Drafter:
             names = [request.req_id for request in requests]
             self.refusal = Refusal(self._doubt(candidates, num_steps), names)
         return [wanted[j] for j in chosen]
+
+    def _fitting(self, requests: Sequence[DraftRequest], wanted: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Those of `wanted` whose drafts the target's logits have room for; whose prompts have been read come first."""
+        room = self.most_rows - len(requests)
+        if sum(length for length, _ in wanted) <= room:
+            return wanted
+        chosen = []
+        for length, i in sorted(wanted, key=lambda pair: requests[pair[1]].req_id not in self.sequences):
+            if length <= room:
+                room -= length
+                chosen.append((length, i))
+        self.counts["skipped_cost"] += len(wanted) - len(chosen)
+        return chosen
 
     def _joining(
         self, candidates: Sequence[DraftRequest], known: Sequence[int], saved: float, max_length: int

@@ -202,7 +202,7 @@ def memory_fit(vllm_config: VllmConfig, config: LVSpecConfig) -> Fit:
     from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
 
     from vllm_lvspec.engine.compatibility import draft_model_config
-    from vllm_lvspec.engine.draft_model import default_cache_bytes
+    from vllm_lvspec.engine.memory import default_cache_bytes
 
     target, cache = vllm_config.model_config, vllm_config.cache_config
     size, folder = vllm_config.parallel_config.tensor_parallel_size, vllm_config.load_config.download_dir

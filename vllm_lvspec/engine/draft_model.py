@@ -45,12 +45,10 @@ from vllm_lvspec.engine.decode_graphs import (
     prepare_for_graphs,
 )
 from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
+from vllm_lvspec.engine.memory import default_cache_bytes, device_memory, least_of_ranks
 from vllm_lvspec.kernels.advance_decode import advance_decode
 
 logger = init_logger("vllm.lvspec")
-
-DEFAULT_CACHE_GIB = 4.0
-DEFAULT_CACHE_SHARE = 0.1  # of the device's memory
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ class VLLMDraftModel:
         num_requests = self.vllm_config.scheduler_config.max_num_seqs
         blocks_per_request = -(-self.max_model_len // spec.block_size)
         memory = device_memory(self.device)
-        return _least_of_ranks(default_cache_bytes(num_requests * blocks_per_request, bytes_per_block, memory))
+        return least_of_ranks(default_cache_bytes(num_requests * blocks_per_request, bytes_per_block, memory))
 
     # What the drafter asks for ------------------------------------------------------------------------------------
 
@@ -255,7 +253,7 @@ class VLLMDraftModel:
             return
         for most_tokens in (MOST_TOKENS, 1):  # not all that can record one token of each request can record two
             graphs = DecodeGraphs(self, most_tokens=most_tokens)
-            if graphs.record(lambda fine: bool(_least_of_ranks(int(fine)))):
+            if graphs.record(lambda fine: bool(least_of_ranks(int(fine)))):
                 self.graphs = graphs
                 logger.info_once("lvspec: the drafter's steps of up to %d requests are CUDA graphs.", graphs.sizes[-1])
                 return
@@ -391,27 +389,3 @@ class SelfDraftModel(VLLMDraftModel):
         sources = [layer.kv_cache for layer in self._layers.values()]
         destinations = [self.caches[name] for name in self._layers]
         self.layout.copy(sources, destinations, target_slots, slots)
-
-
-def _least_of_ranks(value: int) -> int:
-    group = get_tp_group()
-    if group.world_size == 1:
-        return value
-    least = torch.tensor(value, dtype=torch.int64)
-    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN, group=group.cpu_group)
-    return int(least)
-
-
-def default_cache_bytes(num_blocks: int, bytes_per_block: int, memory: int) -> int:
-    """Size of the drafter's cache where none is set: `num_blocks`, as far as a device of `memory` bytes has room."""
-    bound = min(DEFAULT_CACHE_GIB * GiB_bytes, DEFAULT_CACHE_SHARE * memory)
-    return max(min(num_blocks * bytes_per_block, int(bound)), bytes_per_block)
-
-
-def device_memory(device: torch.device) -> int:
-    """Bytes that it has in all."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    import psutil
-
-    return psutil.virtual_memory().total

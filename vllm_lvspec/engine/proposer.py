@@ -28,6 +28,7 @@ from vllm_lvspec.draft.length import StepCosts, smooth_costs
 from vllm_lvspec.draft.pruning import STRATEGIES, VisualGrid
 from vllm_lvspec.engine.arguments import lvspec_config
 from vllm_lvspec.engine.draft_model import PromptView, SelfDraftModel, VLLMDraftModel
+from vllm_lvspec.engine.memory import device_memory, least_of_ranks, most_rows
 from vllm_lvspec.engine.placeholders import Placeholders
 from vllm_lvspec.engine.requests import end_ids
 from vllm_lvspec.verify.policies import POLICIES
@@ -125,6 +126,7 @@ class LVSpecProposer:
             least_length=POLICIES[self.config.policy].least_length(
                 self.config.relaxation, self.config.num_speculative_tokens
             ),
+            most_rows=least_of_ranks(most_rows(self.vllm_config, device_memory(device))),
         )
 
     @contextmanager

@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_lvspec.device import upload
 from vllm_lvspec.engine.counts import counts_of
 from vllm_lvspec.engine.dispatcher import DecodeDispatcher, tokens_each
+from vllm_lvspec.engine.memory import ROWS_PLANNED_BY_VLLM
 from vllm_lvspec.engine.placeholders import num_drafted, padded, without_padding
 from vllm_lvspec.engine.proposer import LVSpecProposer
 from vllm_lvspec.engine.sampler import LVSpecRejectionSampler
@@ -311,6 +312,16 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         with self.drafter.reserved():
             super().profile_run(*args, **kwargs)
             self.drafter.profile()
+            self._profile_verification()
+
+    def _profile_verification(self) -> None:
+        """Sample from as many rows as a step may have: vLLM has only had two of each request."""
+        assert self.drafter.drafter is not None
+        num_requests = -(-self.drafter.drafter.most_rows // ROWS_PLANNED_BY_VLLM)
+        if num_requests > self.scheduler_config.max_num_seqs:
+            width, dtype = self.model_config.get_hidden_size(), self.model_config.dtype
+            self._dummy_sampler_run(torch.zeros(num_requests, width, dtype=dtype, device=self.device))
+            self._sync_device()
 
     @contextmanager
     def _decodes_of(self, tokens: int) -> Iterator[None]:
@@ -360,7 +371,8 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         most, chain = self.scheduler_config.max_num_seqs, 1 + self.num_spec_tokens
         requests = {most, *(1 << i for i in range(most.bit_length()))}
         batches = [(num, 1) for num in requests] + [(num, chain) for num in requests if num * chain > most]
-        budget = self.scheduler_config.max_num_batched_tokens
+        assert self.drafter.drafter is not None
+        budget = self.drafter.drafter.most_rows
         return sorted((batch for batch in batches if math.prod(batch) <= budget), key=math.prod)
 
     @contextmanager
