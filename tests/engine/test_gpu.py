@@ -211,7 +211,8 @@ def test_costs_are_measured_and_drafts_go_on_where_they_pay():
     with running("qwen2_5_vl", lvspec={"policy": "lvspec", "only_if_faster": True}) as engine:
         got = ask(engine, "qwen2_5_vl", 6)
         (costs,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter.costs)
-    assert costs is not None
+    assert costs is not None and costs.pieces is not None
+    assert all(part > whole > 0 for part, whole in zip(costs.pieces, costs.target, strict=True))
     assert all(output.outputs[0].token_ids for output in got)
 
 
