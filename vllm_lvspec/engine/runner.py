@@ -24,7 +24,6 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm_lvspec.device import upload
 from vllm_lvspec.engine.counts import counts_of
 from vllm_lvspec.engine.dispatcher import DecodeDispatcher, tokens_each
-from vllm_lvspec.engine.memory import ROWS_PLANNED_BY_VLLM
 from vllm_lvspec.engine.placeholders import num_drafted, padded, without_padding
 from vllm_lvspec.engine.proposer import LVSpecProposer
 from vllm_lvspec.engine.sampler import LVSpecRejectionSampler
@@ -315,12 +314,15 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             self._profile_verification()
 
     def _profile_verification(self) -> None:
-        """Sample from as many rows as a step may have: vLLM has only had two of each request."""
+        """Verify as many drafted tokens as a step may have: vLLM has had one of each request.
+
+        They are made one of each request here, too, of as many requests as there may be drafted tokens.
+        """
         assert self.drafter.drafter is not None
-        num_requests = -(-self.drafter.drafter.most_rows // ROWS_PLANNED_BY_VLLM)
-        if num_requests > self.scheduler_config.max_num_seqs:
+        num_drafted = self.drafter.drafter.most_rows * self.num_spec_tokens // (1 + self.num_spec_tokens)
+        if num_drafted > self.scheduler_config.max_num_seqs:
             width, dtype = self.model_config.get_hidden_size(), self.model_config.dtype
-            self._dummy_sampler_run(torch.zeros(num_requests, width, dtype=dtype, device=self.device))
+            self._dummy_sampler_run(torch.zeros(num_drafted, width, dtype=dtype, device=self.device))
             self._sync_device()
 
     @contextmanager
