@@ -226,10 +226,8 @@ def test_what_a_step_costs_in_pieces_is_measured_without_the_graph_that_there_is
 
     def dummy_run(num_tokens: int, uniform_decode: bool, **options: Any) -> tuple[torch.Tensor, None]:
         lens = [runner.uniform_decode_query_len] * (num_tokens // runner.uniform_decode_query_len)
-        before = runner.uniform_decode_query_len
-        runner.uniform_decode_query_len = runner.cudagraph_dispatcher.uniform_decode_query_len = CHAIN
-        launched.append(graph_of(runner, lens, force_uniform_decode=uniform_decode)[0])
-        runner.uniform_decode_query_len = runner.cudagraph_dispatcher.uniform_decode_query_len = before
+        with runner._decodes_of(CHAIN):
+            launched.append(graph_of(runner, lens, force_uniform_decode=uniform_decode)[0])
         return torch.zeros(num_tokens, 1), None
 
     runner._dummy_run, runner._sync_device = dummy_run, lambda: None

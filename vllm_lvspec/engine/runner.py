@@ -339,9 +339,8 @@ class LVSpecGPUModelRunner(GPUModelRunner):
     def _determine_batch_execution_and_padding(
         self, *args: Any, num_reqs: int, max_num_scheduled_tokens: int, **kwargs: Any
     ) -> Any:
-        if "force_uniform_decode" not in kwargs and self.scores.must_look():
-            kwargs["force_uniform_decode"] = False  # the rest of a prompt may be as long as a decode
-        if self._measures_pieces:
+        # The rest of a prompt may be as long as a decode.
+        if self._measures_pieces or ("force_uniform_decode" not in kwargs and self.scores.must_look()):
             kwargs["force_uniform_decode"] = False
         with self._decodes_of(self.cudagraph_dispatcher.decodes_like(num_reqs, max_num_scheduled_tokens)):
             return super()._determine_batch_execution_and_padding(
