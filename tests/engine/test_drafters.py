@@ -202,10 +202,11 @@ def test_what_steps_cost_in_pieces_is_known_where_they_can_be_graphs(engines, mo
     proposer.measure_costs(seconds, batches, lambda num_requests, each: num_requests * each <= 11)
     costs = proposer.drafter.costs
     for rows, more in ((1, 0.09), (2, 0.08), (11, 0.0), (22, 0.0)):
-        asked = costs.of_verification(1, rows, 100), costs.of_verification_in_pieces(1, rows, 100)
+        asked = costs.of_verification(rows, 100, 0), costs.of_pieces(rows, 100, 0)
         assert asked[1] - asked[0] == pytest.approx(more, abs=1e-4)
+    assert costs.of_pieces(1, 1e6, 0) == costs.of_verification(1, 1e6, 0)  # the device takes longer than the host
     assert costs.scaled(2.0, 1.0, 1.0, 1.0).pieces == [2 * value for value in costs.pieces]
-    taken = costs.of_verification_in_pieces(1, 1, 0)
+    taken = costs.of_pieces(1, 0, 0)
     for in_pieces, factor in ((True, 1.0), (False, 1.1 / 1.01)):  # what is foretold by the wrong price is corrected
         monkeypatch.setattr(proposer.drafter, "corrections", Corrections())
         for _ in range(40):
@@ -214,7 +215,7 @@ def test_what_steps_cost_in_pieces_is_known_where_they_can_be_graphs(engines, mo
     proposer.measure_costs(seconds, batches, lambda num_requests, each: False)
     costs = proposer.drafter.costs
     assert costs.pieces is None
-    assert costs.of_verification_in_pieces(1, chain, 100) == costs.of_verification(1, chain, 100)
+    assert costs.of_pieces(chain, 100, 0) == costs.of_verification(chain, 100, 0)
 
 
 @pytest.mark.parametrize("cache", ["copy", "compute"])

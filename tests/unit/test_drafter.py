@@ -1316,3 +1316,55 @@ def test_who_has_drafts_goes_on_before_others_begin():
     assert [len(draft) for draft in drafter.propose([first, third], 4)] == [0, 4]
     drafter.release("2")
     assert [len(draft) for draft in drafter.propose([first, second], 4)] == [4, 0]
+
+
+def test_what_fits_is_judged_and_not_what_was_wanted():
+    # By itself each would pay; of four together none does, but only one has room.
+    costs = StepCosts([1, 12, 13], [1.0, 1.0, 100.0], [0.01, 0.01, 0.01])
+    drafter = only_if_faster(SlotModel(max_model_len=10**6), costs)
+    requests = [make_request(str(i), max_draft=100) for i in range(4)]
+    assert [len(draft) for draft in drafter.propose(requests, 8)] == [0] * 4
+    drafter = only_if_faster(SlotModel(max_model_len=10**6), costs)
+    drafter.most_rows = 4 + 8
+    drafts = drafter.propose(requests, 8)
+    assert [len(draft) for draft in drafts] == [8, 0, 0, 0]
+    assert drafter.counts["skipped_cost"] == 3
+    # And where what fits does not pay, the step's requests rest.
+    drafter.costs = replace(costs, first=10**6)
+    assert not any(drafter.propose([extended(requests[0], [*drafts[0], 1], 8), *requests[1:]], 8))
+    assert drafter.rests([request.req_id for request in requests])
+
+
+def test_who_cannot_be_drafted_for_takes_no_room():
+    drafter = make_drafter()
+    blind = [make_request(str(i)) for i in range(2)]
+    for request in blind:
+        request.items = [replace(item, payload=None) for item in request.items]
+    other = make_request("2")
+    drafter.most_rows = 3 + 8
+    drafter.propose(blind, 4)
+    assert [len(draft) for draft in drafter.propose([*blind, other], 4)] == [0, 0, 4]
+    assert drafter.counts["skipped_embeddings"] == 4 and drafter.counts["skipped_cost"] == 0
+
+
+@pytest.mark.parametrize("least", [1, 3])
+def test_drafts_that_end_where_they_do_not_pay_share_the_room_among_them(least):
+    drafter = make_drafter(SlotModel(max_model_len=10**6), costs=FREE)
+    drafter.least_length = least
+    requests = [make_request(str(i)) for i in range(3)]
+    drafter.most_rows = 3 + 10
+    lengths = [len(draft) for draft in drafter.propose(requests, 8)]
+    assert sum(lengths) == 10 and min(lengths) >= least
+    drafter.most_rows = 3 + least
+    assert sorted(len(draft) for draft in drafter.propose([extended(r, [1]) for r in requests], 8)) == [0, 0, least]
+    assert drafter.counts["skipped_cost"] == 2
+
+
+def test_where_all_requests_of_lately_would_not_fit_those_who_would_are_thought_of():
+    # Sixteen drafts are never verified together: eight are, and they pay.
+    costs = StepCosts([1, 16 + 64, 16 + 65], [1.0, 1.0, 10**6], [0.01] * 3, prompt=1e-3)
+    for rows, pays in ((16 + 64, True), (10**6, False)):
+        drafter = only_if_faster(SlotModel(max_model_len=10**6), costs)
+        drafter.most_rows, drafter._most_lately = rows, 16.0
+        (draft,) = drafter.propose([make_request("a", max_draft=1000)], 8)
+        assert bool(draft) == pays

@@ -264,7 +264,7 @@ def test_seconds_saved_are_those_between_two_ways_to_the_same_tokens(costs, num,
     step = costs.of_target(num * (1 + length), context) + length * per_row * context
     for _ in range(length):
         step += costs.of_draft(num, context / 10)
-    saved = seconds_saved(costs, Load(num, num, context, context, context / 10), length, tokens)
+    saved = seconds_saved(costs, Load(num, num, context, context, context / 10), length, tokens, length)
     assert many * num * saved == pytest.approx(alone - LEAST_GAIN * many / tokens * step)
 
 
@@ -281,13 +281,58 @@ def test_requests_without_drafts_wait_for_those_with_them_and_emit_one_token_a_s
     step += costs.target_per_row_context * length * verified
     emitted = (num - drafting) + drafting * (1 + share * length)
     alone = costs.of_target(num, context * num) / num
-    saved = seconds_saved(costs, load, length, 1 + share * length)
+    saved = seconds_saved(costs, load, length, 1 + share * length, length)
     assert saved == pytest.approx(alone - LEAST_GAIN * step / emitted)
     # As many of the same kind as there are requests: all have drafts.
-    grown = load.grown(num)
-    assert seconds_saved(costs, grown, length, 2.0) == pytest.approx(
-        seconds_saved(costs, Load(num, num, context * num, context * num, context * num / 10), length, 2.0)
+    grown = load.grown(num, num)
+    assert seconds_saved(costs, grown, length, 2.0, length) == pytest.approx(
+        seconds_saved(costs, Load(num, num, context * num, context * num, context * num / 10), length, 2.0, length)
     )
+
+
+GRAPHS = StepCosts([1, 100], [1.0, 2.0], [0.1, 0.1], target_per_context=1e-4, pieces=[1.5, 2.1])  # 1.5 by the host
+
+
+@pytest.mark.parametrize(
+    ("num", "drafting", "context", "length", "step"),
+    [
+        pytest.param(1, 1, 0, 4, 1 + 4 / 99, id="one request has a graph of its own"),
+        pytest.param(4, 4, 0, 10, 1 + 43 / 99, id="so have whole drafts"),
+        pytest.param(4, 4, 0, 9, 1 + 43 / 99, id="others are padded"),
+        pytest.param(16, 16, 0, 1, 1.5 + 0.6 * 31 / 99, id="or launched in pieces, where padding costs more"),
+        pytest.param(4, 3, 0, 10, 1.5 + 0.6 * 33 / 99, id="as those of some requests are"),
+        pytest.param(4, 3, 10_000, 10, 2 + 33 / 99, id="for which nobody waits who waits for the device"),
+    ],
+)
+def test_a_step_that_is_no_graph_costs_what_its_launch_takes(num, drafting, context, length, step):
+    load = Load(num, drafting, context, context * drafting / num, 0.0)
+    alone = GRAPHS.of_target(num, context) / num
+    saved = seconds_saved(GRAPHS, load, length, 3.0, 10)
+    assert saved == pytest.approx(alone - LEAST_GAIN * (step + 0.1 * length) / (num + 2 * drafting))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 6), st.integers(0, 3), st.integers(1, 10), st.floats(0, 9000))
+def test_a_plan_foretells_what_is_foretold_of_its_lengths(num, num_others, length, context):
+    costs = replace(GRAPHS, first=2.0, target_per_row_context=1e-6)
+    own = np.full(num, context)
+    plan = DraftPlan(costs, np.full(num, 0.5), own, own / 10, 10, num_others, num_others * context)
+    for _ in range(length):
+        plan.take(np.arange(num), np.full(num, 0.5))
+    every = num + num_others
+    load = Load(every, num, every * context, num * context, num * context / 10)
+    alone = costs.of_target(every, every * context) / every
+    saved = seconds_saved(costs, load, length, (plan.tokens - num_others) / num, 10)
+    assert alone - LEAST_GAIN * plan.cost / plan.tokens == pytest.approx(saved)
+
+
+def test_a_plan_has_no_more_rows_than_there_is_room_for():
+    plan = DraftPlan(FREE, np.array([0.5, 0.9, 0.7]), np.zeros(3), np.zeros(3), 10, 1, 0.0, most_rows=9)
+    active = np.arange(3)
+    plan.take(active, np.ones(3))
+    assert plan.going_on(active).tolist() == [1, 2]
+    plan.take(np.array([1, 2]), np.ones(2))
+    assert plan.going_on(np.array([1, 2])).tolist() == []
 
 
 def test_costs_are_corrected_by_what_steps_of_about_as_many_requests_take():
@@ -325,7 +370,7 @@ def test_steps_of_which_a_part_is_done_while_the_drafter_runs_are_foretold_by_th
     load = Load(1, 1, 0.0, 0.0, 0.0)
 
     def saved() -> float:
-        return seconds_saved(corrections.applied(costs, 1, 1), load, 10, 2.0)
+        return seconds_saved(corrections.applied(costs, 1, 1), load, 10, 2.0, 10)
 
     corrections.correct("verification", 1, 2.0)  # nothing else is known yet
     assert saved() == pytest.approx(2.0 - LEAST_GAIN * (2.0 + 0.1) / 2)
@@ -370,7 +415,8 @@ def best_saved(costs, rates, target_context=0.0, draft_context=0.0, max_length=4
     """Seconds saved per token by drafts of the best length for all, each with as much in the caches."""
     num = len(rates)
     load = Load(num, num, num * target_context, num * target_context, num * draft_context)
-    return max(seconds_saved(costs, load, np.arange(1, max_length + 1), expected_tokens(np.array(rates), max_length)))
+    lengths, tokens = np.arange(1, max_length + 1), expected_tokens(np.array(rates), max_length)
+    return max(seconds_saved(costs, load, lengths, tokens, max_length))
 
 
 RATES = st.lists(st.floats(0, 0.99), min_size=1, max_size=6)

@@ -80,11 +80,16 @@ class DraftRequest:
     num_prompt_tokens: int
     items: Sequence[VisualItem]
     prompt: Any  # what `DraftModel.prompt_positions` needs
-    max_draft_tokens: int  # what is left of the request's length
+    max_draft_tokens: int  # what is left of the request's length behind another token of the target's own
     num_verified: int = 0
     ends: frozenset[int] = frozenset()
     is_done: bool = False
     target_slots: Callable[[np.ndarray], np.ndarray] | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it is part of the next step."""
+        return not self.is_done and self.max_draft_tokens >= 0
 
 
 class NextTokens(NamedTuple):
@@ -212,7 +217,12 @@ class Drafter:
     @property
     def runs_ahead(self) -> bool:
         """Whether `start` comes back before the device is done."""
-        return not self.sees_tokens and (self.costs is None or not self.is_adaptive)
+        return not (self.sees_tokens or self._plans)
+
+    @property
+    def _plans(self) -> bool:
+        """Whether drafts end where another token would not pay."""
+        return self.is_adaptive and self.costs is not None
 
     def start(self, requests: Sequence[DraftRequest], num_speculative_tokens: int) -> Drafts:
         """Have at most `num_speculative_tokens` drafted for each request, none where it can't be drafted for.
@@ -235,6 +245,9 @@ class Drafter:
             if length < 1:
                 self.counts["skipped_length"] += 1
                 continue
+            if request.req_id in self._undraftable:
+                self.counts["skipped_embeddings"] += 1
+                continue
             wanted.append((length, i))
             if request.req_id not in self._histories:
                 self._histories[request.req_id] = RequestHistory()
@@ -243,18 +256,18 @@ class Drafter:
             for _, i in wanted:
                 self._judge(requests[i], num_speculative_tokens)
         wanted = [(length, i) for length, i in wanted if not requests[i].is_done]
+        wanted = self._fitting(requests, wanted)
         if self.costs is not None and self.only_if_faster and wanted:
             wanted = self._paying(requests, wanted, num_speculative_tokens)
-        wanted = self._fitting(requests, wanted)
         ready = [(length, i) for length, i in wanted if self._prepare(requests[i], length)]
         if not ready:
             return
         ready.sort(key=lambda pair: -pair[0])
         chosen = [requests[i] for _, i in ready]
         plan = None
-        if self.is_adaptive and self.costs is not None:
+        if self._plans:
             names = {request.req_id for request in chosen}
-            others = [request for request in requests if request.req_id not in names and not request.is_done]
+            others = [request for request in requests if request.req_id not in names and request.goes_on]
             plan = self._plan(chosen, others, num_speculative_tokens)
         drafts.drafted = [Drafted(i, self._histories[requests[i].req_id], requests[i].ends) for _, i in ready]
         self._draft(drafts, chosen, [length for length, _ in ready], plan)
@@ -293,6 +306,21 @@ class Drafter:
             self.chains.learn(num_accepted, max_length)
         history.num_tokens = num_tokens
 
+    def _fitting(self, requests: Sequence[DraftRequest], wanted: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Those of `wanted` whose drafts the target's logits have room for; whose prompts have been read come first."""
+        room = self.most_rows - len(requests)
+        # How much longer drafts become that end where they no longer pay is seen to while they are made.
+        needed = [min(length, self.least_length) if self._plans else length for length, _ in wanted]
+        if sum(needed) <= room:
+            return wanted
+        chosen = []
+        for j in sorted(range(len(wanted)), key=lambda j: requests[wanted[j][1]].req_id not in self.sequences):
+            if needed[j] <= room:
+                room -= needed[j]
+                chosen.append(wanted[j])
+        self.counts["skipped_cost"] += len(wanted) - len(chosen)
+        return chosen
+
     def _paying(
         self, requests: Sequence[DraftRequest], wanted: list[tuple[int, int]], max_length: int
     ) -> list[tuple[int, int]]:
@@ -300,14 +328,16 @@ class Drafter:
 
         Whose prompt has been read drafts on where that pays for these few, in a batch where others may go without.
         """
+        batch = [request for request in requests if request.goes_on]
         candidates = [requests[i] for _, i in wanted]
         known = [j for j, request in enumerate(candidates) if request.req_id in self.sequences]
-        saved = self._seconds_saved(candidates, known, max_length) if known else 0.0
+        saved = self._seconds_saved(batch, [candidates[j] for j in known], max_length) if known else 0.0
         chosen = known if saved > 0 else []
         if len(known) < len(candidates):
-            joined = sorted([*known, *self._joining(candidates, known, max(saved, 0.0), max_length)])
-            if len(joined) > len(known) and self._seconds_saved(candidates, joined, max_length) > max(saved, 0.0):
-                chosen = joined
+            joined = sorted([*known, *self._joining(batch, candidates, known, max(saved, 0.0), max_length)])
+            if len(joined) > len(known):
+                drafting = [candidates[j] for j in joined]
+                chosen = joined if self._seconds_saved(batch, drafting, max_length) > max(saved, 0.0) else chosen
         self.counts["skipped_cost"] += len(wanted) - len(chosen)
         num_steps = 1 if self.refusal is None else self.refusal.num_steps
         self.refusal = None
@@ -316,58 +346,49 @@ class Drafter:
             self.refusal = Refusal(self._doubt(candidates, num_steps), names)
         return [wanted[j] for j in chosen]
 
-    def _fitting(self, requests: Sequence[DraftRequest], wanted: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Those of `wanted` whose drafts the target's logits have room for; whose prompts have been read come first."""
-        room = self.most_rows - len(requests)
-        if sum(length for length, _ in wanted) <= room:
-            return wanted
-        chosen = []
-        for length, i in sorted(wanted, key=lambda pair: requests[pair[1]].req_id not in self.sequences):
-            if length <= room:
-                room -= length
-                chosen.append((length, i))
-        self.counts["skipped_cost"] += len(wanted) - len(chosen)
-        return chosen
-
     def _joining(
-        self, candidates: Sequence[DraftRequest], known: Sequence[int], saved: float, max_length: int
+        self,
+        batch: Sequence[DraftRequest],
+        candidates: Sequence[DraftRequest],
+        known: Sequence[int],
+        saved: float,
+        max_length: int,
     ) -> list[int]:
         """Indices of those of `candidates` for whom it pays to read the prompt, where drafts of the `known` ones save
         so many seconds per token already."""
         assert self.costs is not None
-        every, num = range(len(candidates)), len(candidates)
-        new = sorted(set(every).difference(known))
+        new = sorted(set(range(len(candidates))).difference(known))
         # What their drafts save is saved by all requests.
-        gain = (self._seconds_saved(candidates, every, max_length) - saved) * num / len(new)
+        gain = (self._seconds_saved(batch, candidates, max_length) - saved) * len(batch) / len(new)
         price = PROMPT_MARGIN * self.costs.prompt
         # And it must not end when as many requests are here as lately: prompts of a burst come one after another.
-        if price and self._most_lately > num:
-            gain = min(gain, self._seconds_saved(candidates, every, max_length, self._most_lately))
+        if price and self._most_lately > len(batch):
+            gain = min(gain, self._seconds_saved(batch, candidates, max_length, self._most_lately))
         return [j for j in new if gain * self.answers.tokens_left(candidates[j].max_draft_tokens + 1) > price]
 
     def _seconds_saved(
         self,
-        candidates: Sequence[DraftRequest],
-        drafting: Sequence[int],
+        batch: Sequence[DraftRequest],
+        drafting: Sequence[DraftRequest],
         max_length: int,
         num_requests: float | None = None,
     ) -> float:
-        """Per emitted token, where those `drafting` of `candidates` (indices) have drafts of the best length; or where
-        there are `num_requests` like these, all with drafts."""
-        chosen = [candidates[j] for j in drafting]
-        whole = float(sum(len(request.token_ids) for request in candidates))
-        target, draft = self._contexts(chosen)
-        load = Load(len(candidates), len(chosen), whole, float(target.sum()), float(draft.sum()))
+        """Per emitted token, where those `drafting` of a `batch` have drafts of the best length; or where there are
+        `num_requests` like these, of which as many have drafts as there is room for."""
+        whole = float(sum(len(request.token_ids) for request in batch))
+        target, draft = self._contexts(drafting)
+        load = Load(len(batch), len(drafting), whole, float(target.sum()), float(draft.sum()))
+        least = min(self.least_length, max_length) if self.is_adaptive else max_length
         if num_requests is not None:
-            load = load.grown(num_requests)
+            most = max(1.0, (self.most_rows - num_requests) / least)
+            load = load.grown(num_requests, min(num_requests, most))
         if self.is_adaptive:
-            least = min(self.least_length, max_length)
             length: Any = np.arange(least, max_length + 1)
-            tokens: Any = expected_tokens(self._rates(chosen), max_length)[least - 1 :]
+            tokens: Any = expected_tokens(self._rates(drafting), max_length)[least - 1 :]
         else:
             length, tokens = max_length, self.chains.tokens(max_length)
         costs = self._costs_now(int(load.num_requests), int(load.num_drafting))
-        return float(np.max(seconds_saved(costs, load, length, tokens)))
+        return float(np.max(seconds_saved(costs, load, length, tokens, max_length)))
 
     def rests(self, req_ids: Sequence[str]) -> bool:
         """Whether a step of these requests, of which nothing was verified, goes without drafts by the last decision.
@@ -387,7 +408,8 @@ class Drafter:
         costs = self._costs_now(len(requests) + len(others), len(requests))
         others_context = float(sum(len(request.token_ids) for request in others))
         contexts = self._contexts(requests)
-        return DraftPlan(costs, self._rates(requests), *contexts, max_length, len(others), others_context)
+        rates = self._rates(requests)
+        return DraftPlan(costs, rates, *contexts, max_length, len(others), others_context, self.most_rows)
 
     def _rates(self, requests: Sequence[DraftRequest]) -> np.ndarray:
         """Each one's mean chance that a drafted token is accepted, `[num_requests]`."""
@@ -435,9 +457,6 @@ class Drafter:
         if sequence is not None and sequence.num_prompt_tokens != request.num_prompt_tokens:
             self._drop(req_id)  # a streaming session has gone on with a longer prompt
             sequence = None
-        if req_id in self._undraftable:
-            self.counts["skipped_embeddings"] += 1
-            return False
         started = time.perf_counter()
         visual: list[KeptEmbeddings] = []
         if sequence is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import functools
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -66,8 +67,8 @@ class StepCosts:
     a request's first, which is nothing where attention waits for memory; `prompt`: of the drafter's with one request's
     prompt; `first`: times as long as a further drafted token the first one takes, with all that is done for drafts of
     any length; `verification`: times as long as by the others a step of the target with drafts takes, of which a part
-    may be done while the drafter runs; `pieces`: instead of `target` where a step is launched in pieces that could be
-    one graph, None where there are no graphs."""
+    may be done while the drafter runs; `pieces`: instead of `target`, and no less, where a step that could be one graph
+    is launched in pieces, None where there are no graphs."""
 
     rows: Sequence[int]
     target: Sequence[float]
@@ -102,16 +103,29 @@ class StepCosts:
     def of_target(self, rows: float | np.ndarray, context: float | np.ndarray = 0.0) -> Any:
         return _interpolate(self.rows, self.target, rows) + self.target_per_context * context
 
-    def of_verification(self, num_requests: float, num_rows: float | np.ndarray, context: float) -> Any:
-        """What the target takes for `num_rows` of `num_requests`, as many of each, which have as much `context`."""
-        further = num_rows / num_requests - 1
-        return self.of_target(num_rows, context) + self.target_per_row_context * further * context
+    def of_verification(self, rows: float | np.ndarray, context: float, further: float | np.ndarray) -> Any:
+        """As one graph. `further`: tokens of context that rows beyond a request's first read."""
+        return self.of_target(rows, context) + self.target_per_row_context * further
 
-    def of_verification_in_pieces(self, num_requests: float, num_rows: float, context: float) -> float:
-        more = 0.0
-        if self.pieces is not None:
-            more = _interpolate(self.rows, self.pieces, num_rows) - _interpolate(self.rows, self.target, num_rows)
-        return float(self.of_verification(num_requests, num_rows, context) + max(0.0, more))
+    def of_pieces(self, rows: float | np.ndarray, context: float, further: float | np.ndarray) -> Any:
+        """In pieces, which the host launches; where the device takes longer for them, that is all one waits for."""
+        seconds = self.of_verification(rows, context, further)
+        return seconds if self.pieces is None else np.maximum(seconds, _interpolate(self.rows, self.pieces, rows))
+
+    def bounds(self, load: Load, rows: float | np.ndarray, max_length: int) -> tuple[Any, float]:
+        """Of what verification takes of drafts by their `rows`, the least, because the host must launch pieces, and the
+        most, because padding would make a graph of them.
+
+        A request by itself has a graph whatever its draft's length. Several have one where all drafts are of
+        `max_length`, and none where some have no draft.
+        """
+        if self.pieces is None or load.num_requests == 1:
+            return 0.0, math.inf
+        least, most = _interpolate(self.rows, self.pieces, rows), math.inf
+        if load.num_drafting == load.num_requests:
+            every = load.num_requests * (1 + max_length)
+            most = float(self.of_verification(every, load.target_context, max_length * load.verified_context))
+        return least, most
 
     def of_draft(self, rows: float | np.ndarray, context: float | np.ndarray = 0.0) -> Any:
         return _interpolate(self.rows, self.draft, rows) + self.draft_per_context * context
@@ -128,22 +142,30 @@ class Load:
     verified_context: float
     draft_context: float
 
-    def grown(self, num_requests: float) -> Load:
-        """So many requests of the same kind, of which all have drafts; the drafting ones must not be none."""
-        every = num_requests / self.num_drafting
-        context = every * self.verified_context
-        return Load(num_requests, num_requests, context, context, every * self.draft_context)
+    def grown(self, num_requests: float, num_drafting: float) -> Load:
+        """So many requests of the same kind, of which so many have drafts; now it must not be none."""
+        times = num_drafting / self.num_drafting
+        context = self.verified_context / self.num_drafting * num_requests
+        return Load(num_requests, num_drafting, context, times * self.verified_context, times * self.draft_context)
 
 
-def seconds_saved(costs: StepCosts, load: Load, length: int | np.ndarray, tokens: float | np.ndarray) -> Any:
+def further_context(num_requests: float, num_rows: float, context: float) -> float:
+    """Tokens of context that rows beyond a request's first read, where all have as many rows of it and of `context`."""
+    return (num_rows / num_requests - 1) * context
+
+
+def seconds_saved(
+    costs: StepCosts, load: Load, length: int | np.ndarray, tokens: float | np.ndarray, max_length: int
+) -> Any:
     """By drafts of `length`, per emitted token of any request, where `tokens` are emitted in a step by each that has a
-    draft; not above 0 where they don't pay. Of several lengths `[num_lengths]` it gives as many."""
+    draft; not above 0 where they don't pay. Of several lengths `[num_lengths]` it gives as many. `max_length`: of those
+    that the target has graphs for."""
     num, drafting = load.num_requests, load.num_drafting
     alone = costs.of_target(num, load.target_context)
     step = (costs.first + length - 1) * costs.of_draft(drafting, load.draft_context)
-    verified = costs.of_target(num + drafting * length, load.target_context)
-    verified += costs.target_per_row_context * length * load.verified_context
-    step += costs.verification * verified
+    rows = num + drafting * length
+    verified = costs.of_verification(rows, load.target_context, length * load.verified_context)
+    step += costs.verification * np.clip(verified, *costs.bounds(load, rows, max_length))
     return alone / num - LEAST_GAIN * step / (num - drafting + drafting * tokens)
 
 
@@ -404,7 +426,7 @@ class DraftPlan:
 
     `rates [num_requests]`: each request's mean chance that a drafted token is accepted. `target_context`,
     `draft_context [num_requests]`: tokens in the target's and the drafter's cache. `num_others`: requests of the step
-    that have no drafts, with `others_context` tokens in the target's cache.
+    that have no drafts, with `others_context` tokens in the target's cache. `most_rows`: that the step has room for.
     """
 
     def __init__(
@@ -416,6 +438,7 @@ class DraftPlan:
         max_length: int,
         num_others: int = 0,
         others_context: float = 0.0,
+        most_rows: int = sys.maxsize,
     ):
         self.costs = costs
         self.rates = rates
@@ -423,10 +446,19 @@ class DraftPlan:
         self.draft_context = draft_context
         self.survival = np.ones(len(rates))  # the chance that all that was drafted so far will be accepted
         self.rows = len(rates) + num_others
+        self.most_rows = most_rows
+        self.max_length = max_length
         self.tokens = float(self.rows)  # expected from this step; each request gets one of the target's own
-        self.cost = costs.of_target(self.rows, float(target_context.sum()) + others_context)
-        self._has_first = False
-        self._most_rows = self.rows + len(rates) * max_length
+        own = float(target_context.sum())
+        self.load = Load(self.rows, len(rates), own + others_context, own, float(draft_context.sum()))
+        self._drafted = 0.0  # seconds
+        self._further = 0.0  # tokens of context that drafted tokens read
+        self._verified = float(costs.of_target(self.rows, self.load.target_context))
+
+    @property
+    def cost(self) -> float:
+        """Seconds that this step takes."""
+        return self._drafted + self._verified
 
     # What a forward costs by its number of rows, without contexts: it is asked for every token, if any is drafted.
     @functools.cached_property
@@ -434,30 +466,41 @@ class DraftPlan:
         return self.costs.of_draft(np.arange(len(self.rates) + 1))
 
     @functools.cached_property
-    def _target(self) -> np.ndarray:
-        return self.costs.of_target(np.arange(self._most_rows + 1))
+    def _target(self) -> tuple[np.ndarray, np.ndarray, float]:
+        """And the least of those in pieces, and the most of any."""
+        rows = np.arange(self.load.num_requests + len(self.rates) * self.max_length + 1)
+        least, most = self.costs.bounds(self.load, rows, self.max_length)
+        return self.costs.of_target(rows, self.load.target_context), np.broadcast_to(least, rows.shape), most
+
+    def _verification(self, rows: int | slice, further: float | np.ndarray) -> Any:
+        target, least, most = self._target
+        seconds = target[rows] + self.costs.target_per_row_context * further
+        return np.minimum(np.maximum(seconds, least[rows]), most)
 
     def take(self, requests: np.ndarray, chances: np.ndarray) -> None:
         """Count one drafted token, accepted with `chances`, for each of `requests` (indices)."""
         self.survival[requests] *= chances
         self.tokens += float(self.survival[requests].sum())
         drafting = self._draft[len(requests)] + self.costs.draft_per_context * self.draft_context[requests].sum()
-        self.cost += drafting if self._has_first else self.costs.first * drafting
-        self._has_first = True
-        self.cost += self._target[self.rows + len(requests)] - self._target[self.rows]
-        self.cost += self.costs.target_per_row_context * self.target_context[requests].sum()
+        is_first = self.rows == self.load.num_requests
+        self._drafted += self.costs.first * drafting if is_first else drafting
+        self._further += self.target_context[requests].sum()
         self.rows += len(requests)
+        self._verified = self._verification(self.rows, self._further)
 
     def going_on(self, requests: np.ndarray) -> np.ndarray:
         """Those of `requests` (indices, in their order) for whom another token raises the step's tokens a second."""
         gains = self.survival[requests] * self.rates[requests]
-        order = np.argsort(-gains, kind="stable")
-        ordered, num = requests[order], len(requests)
+        num = min(len(requests), self.most_rows - self.rows)
+        if num < 1:
+            return requests[:0]
+        order = np.argsort(-gains, kind="stable")[:num]
+        ordered = requests[order]
         tokens = self.tokens + gains[order].cumsum()
         drafting = self._draft[1 : num + 1] + self.costs.draft_per_context * self.draft_context[ordered].cumsum()
-        verifying = self._target[self.rows + 1 : self.rows + num + 1] - self._target[self.rows]
-        verifying += self.costs.target_per_row_context * self.target_context[ordered].cumsum()
-        rates = tokens / (self.cost + drafting + verifying)
+        further = self._further + self.target_context[ordered].cumsum()
+        verifying = self._verification(slice(self.rows + 1, self.rows + num + 1), further)
+        rates = tokens / (self._drafted + drafting + verifying)
         best = int(rates.argmax())
         chosen = best + 1 if rates[best] > self.tokens / self.cost else 0
-        return requests if chosen == num else requests[np.sort(order[:chosen])]
+        return requests if chosen == len(requests) else requests[np.sort(order[:chosen])]

@@ -202,12 +202,12 @@ def memory_fit(vllm_config: VllmConfig, config: LVSpecConfig) -> Fit:
     from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
 
     from vllm_lvspec.engine.compatibility import draft_model_config
-    from vllm_lvspec.engine.memory import default_cache_bytes
+    from vllm_lvspec.engine.memory import BYTES_PER_LOGIT, default_cache_bytes, device_memory, most_rows
 
     target, cache = vllm_config.model_config, vllm_config.cache_config
     size, folder = vllm_config.parallel_config.tensor_parallel_size, vllm_config.load_config.download_dir
     draft = target if config.model == SELF else draft_model_config(target, config)
-    memory, free = _memory(size)
+    memory, free = device_memory(size)
     parts = [_weights("target", target, size, folder)]
     if config.model != SELF:
         parts.append(_weights("drafter", draft, size, folder))
@@ -226,7 +226,12 @@ def memory_fit(vllm_config: VllmConfig, config: LVSpecConfig) -> Fit:
     ]
     allowed = int(cache.gpu_memory_utilization * memory)
     if torch.cuda.is_available():
-        parts.append(Part("activations", int(ACTIVATIONS * allowed), "a tenth, roughly; vLLM measures it"))
+        rows = most_rows(vllm_config, memory)
+        logits = rows * target.get_vocab_size() * BYTES_PER_LOGIT
+        parts += [
+            Part("logits of drafts", logits, f"{rows} rows, at most"),
+            Part("activations", int(ACTIVATIONS * allowed), "a tenth, roughly; vLLM measures it"),
+        ]
     return Fit(
         parts,
         allowed if cache.kv_cache_memory_bytes is None else free,
@@ -235,15 +240,6 @@ def memory_fit(vllm_config: VllmConfig, config: LVSpecConfig) -> Fit:
         _cache_entries(target, vllm_config) * get_dtype_size(kv_cache_dtype_str_to_dtype(cache.cache_dtype, target)),
         _feature_bytes(target, config, size),
     )
-
-
-def _memory(num_ranks: int) -> tuple[int, int]:
-    """Bytes of a rank's device, in all and free: of a GPU, or its share of the machine's."""
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        return total, free
-    memory = psutil.virtual_memory()
-    return memory.total // num_ranks, memory.available // num_ranks
 
 
 def _cache_entries(model: ModelConfig, vllm_config: VllmConfig) -> int:

@@ -166,7 +166,7 @@ class VLLMDraftModel:
             return wanted
         num_requests = self.vllm_config.scheduler_config.max_num_seqs
         blocks_per_request = -(-self.max_model_len // spec.block_size)
-        memory = device_memory(self.device)
+        memory, _ = device_memory(get_tp_group().world_size)
         return least_of_ranks(default_cache_bytes(num_requests * blocks_per_request, bytes_per_block, memory))
 
     # What the drafter asks for ------------------------------------------------------------------------------------

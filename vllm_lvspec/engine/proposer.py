@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm_lvspec.config import SELF
 from vllm_lvspec.draft.drafter import Drafter, DraftRequest, VisualItem
 from vllm_lvspec.draft.drafts import Drafts
-from vllm_lvspec.draft.length import StepCosts, smooth_costs
+from vllm_lvspec.draft.length import StepCosts, further_context, smooth_costs
 from vllm_lvspec.draft.pruning import STRATEGIES, VisualGrid
 from vllm_lvspec.engine.arguments import lvspec_config
 from vllm_lvspec.engine.draft_model import PromptView, SelfDraftModel, VLLMDraftModel
@@ -126,7 +126,7 @@ class LVSpecProposer:
             least_length=POLICIES[self.config.policy].least_length(
                 self.config.relaxation, self.config.num_speculative_tokens
             ),
-            most_rows=least_of_ranks(most_rows(self.vllm_config, device_memory(device))),
+            most_rows=least_of_ranks(most_rows(self.vllm_config, device_memory(get_tp_group().world_size)[0])),
         )
 
     @contextmanager
@@ -195,6 +195,7 @@ class LVSpecProposer:
             draft.append(_fastest(model.decode_seconds, min(rows[-1], most), 1))
             if get_tp_group().broadcast_object(target[-1] > SLOW_ENOUGH, src=0):
                 break
+        pieces = np.maximum(target, pieces).tolist()
         target, draft = smooth_costs(rows, target), smooth_costs(rows, draft)
         # One request's keys are read too fast to be told from nothing.
         several = max(1, min(most, rows[-1] // chain, SEVERAL))
@@ -228,8 +229,8 @@ class LVSpecProposer:
         # What is done while the drafter runs takes no time.
         part = "verification" if self.ran_ahead else "target"
         costs = self.drafter.costs
-        price = costs.of_verification_in_pieces if in_pieces else costs.of_verification
-        foretold = price(num_requests, num_rows, context)
+        price = costs.of_pieces if in_pieces else costs.of_verification
+        foretold = price(num_rows, context, further_context(num_requests, num_rows, context))
         foretold *= self.drafter.corrections.factor(part, num_requests)
         self._correct(part, num_requests, seconds, float(foretold))
 

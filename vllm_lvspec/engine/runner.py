@@ -22,8 +22,10 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_lvspec.device import upload
+from vllm_lvspec.draft.length import further_context
 from vllm_lvspec.engine.counts import counts_of
 from vllm_lvspec.engine.dispatcher import DecodeDispatcher, tokens_each
+from vllm_lvspec.engine.memory import verify_rows
 from vllm_lvspec.engine.placeholders import num_drafted, padded, without_padding
 from vllm_lvspec.engine.proposer import LVSpecProposer
 from vllm_lvspec.engine.sampler import LVSpecRejectionSampler
@@ -286,8 +288,10 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         assert self.drafter.drafter is not None
         if (costs := self.drafter.drafter.costs) is not None:
             context = int(self.input_batch.num_tokens_no_spec[: len(drafts)].sum())
-            in_pieces = costs.of_verification_in_pieces(num_requests, num_requests + sum(lengths), context)
-            if costs.of_verification(num_requests, num_requests * chain, context) > in_pieces:
+            rows = num_requests + sum(lengths), num_requests * chain
+            further = [further_context(num_requests, num_rows, context) for num_rows in rows]
+            in_pieces = costs.of_pieces(rows[0], context, further[0])
+            if costs.of_verification(rows[1], context, further[1]) > in_pieces:
                 return drafts
         return padded(drafts, chain - 1)
 
@@ -314,16 +318,12 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             self._profile_verification()
 
     def _profile_verification(self) -> None:
-        """Verify as many drafted tokens as a step may have: vLLM has had one of each request.
-
-        They are made one of each request here, too, of as many requests as there may be drafted tokens.
-        """
+        """Verify as many drafted tokens as a step may have: vLLM has had one of each request."""
         assert self.drafter.drafter is not None
-        num_drafted = self.drafter.drafter.most_rows * self.num_spec_tokens // (1 + self.num_spec_tokens)
-        # On CPUs nobody looks at the peak.
-        if self.device.type != "cpu" and num_drafted > self.scheduler_config.max_num_seqs:
-            width, dtype = self.model_config.get_hidden_size(), self.model_config.dtype
-            self._dummy_sampler_run(torch.zeros(num_drafted, width, dtype=dtype, device=self.device))
+        if self.device.type != "cpu":  # where nobody looks at the peak
+            vocab_size, dtype = self.model_config.get_vocab_size(), self.model_config.dtype
+            most_rows = self.drafter.drafter.most_rows
+            verify_rows(self.rejection_sampler, most_rows, self.num_spec_tokens, vocab_size, dtype, self.device)
             self._sync_device()
 
     @contextmanager

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from vllm.v1.outputs import SamplerOutput
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.rejection_sampler import (
     GREEDY_TEMPERATURE,
@@ -21,9 +21,14 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm_lvspec.engine.verification import Batch, Verification
 from vllm_lvspec.verify.verifier import Choices
 
+PENALIZED_AT_ONCE = 64  # rows of logits
+
 
 class LVSpecRejectionSampler(RejectionSampler):
-    """Where every request of a batch is strict, vLLM's own sampler runs and nothing of this."""
+    """vLLM's own choices where every request of a batch is strict; loose ones are made here.
+
+    Either in less memory than vLLM takes, whose engines verify fewer tokens at once.
+    """
 
     def __init__(self, sampler: Sampler, spec_config, device: torch.device, verification: Verification):
         super().__init__(sampler, spec_config, device)
@@ -41,6 +46,51 @@ class LVSpecRejectionSampler(RejectionSampler):
         if batch is None:
             return super().forward(metadata, draft_probs, logits, sampling_metadata)
         return self._loose(batch, metadata, draft_probs, logits, sampling_metadata)
+
+    @staticmethod
+    def apply_penalties(
+        logits: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
+        metadata: SpecDecodeMetadata,
+        repeat_indices: torch.Tensor,
+        output_token_ids: list[list[int]],
+    ) -> torch.Tensor:
+        """In place, and a few rows at a time: what vLLM counts for them takes several times the room of all logits."""
+        for begin in range(0, len(logits), PENALIZED_AT_ONCE):
+            rows = slice(begin, begin + PENALIZED_AT_ONCE)
+            RejectionSampler.apply_penalties(
+                logits[rows], sampling_metadata, metadata, repeat_indices[rows], output_token_ids[rows]
+            )
+        return logits
+
+    def _get_logprobs_tensors(
+        self,
+        max_num_logprobs: int,
+        metadata: SpecDecodeMetadata,
+        logits: torch.Tensor,
+        target_logits: torch.Tensor,
+        bonus_logits: torch.Tensor,
+        sampled_token_ids: torch.Tensor,
+    ) -> LogprobsTensors:
+        """Of the rows that there are; vLLM makes as many for every request as the longest draft has.
+
+        Ordered as `sampled_token_ids` `[num_requests, 1 + longest]`; nobody looks at what is in places without a row.
+        """
+        rows = torch.empty_like(logits, dtype=torch.float32)
+        rows[metadata.target_logits_indices] = target_logits.to(torch.float32)
+        rows[metadata.bonus_logits_indices] = bonus_logits.to(torch.float32)
+        if not self.is_logits_logprobs_mode:
+            rows = self.sampler.compute_logprobs(rows)
+        indices = torch.arange(len(rows), device=rows.device)
+        ends = metadata.cu_num_sampled_tokens
+        requests = torch.searchsorted(ends, indices, right=True)
+        places = requests * sampled_token_ids.shape[1] + indices - F.pad(ends[:-1], (1, 0))[requests]
+        token_ids = sampled_token_ids.flatten()[places].clamp(min=0)  # of a rejected one there is no token
+        found = self.sampler.gather_logprobs(rows, max_num_logprobs, token_ids.to(torch.int64))
+        columns = (found.logprob_token_ids, found.logprobs, found.selected_token_ranks)
+        return LogprobsTensors(
+            *(x.new_zeros(sampled_token_ids.numel(), *x.shape[1:]).index_copy_(0, places, x) for x in columns)
+        )
 
     def _loose(
         self,
