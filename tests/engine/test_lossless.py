@@ -6,7 +6,7 @@ import pytest
 from vllm import SamplingParams
 from workload import LLAVA, QWEN, Request, generate_requests, image, token_ids, turn, video
 
-COUNT = 216  # requests per family, 24 of each kind
+COUNT = 108  # requests per family, 12 of each kind
 SIZES = (1, 8, 3, 5, 2, 7, 4, 6)
 
 
@@ -39,9 +39,9 @@ def test_an_unrelated_pruned_drafter_changes_no_output(family, engines, oracle):
             assert {t: pytest.approx(p.logprob, abs=1e-3) for t, p in theirs.items()} == {
                 t: p.logprob for t, p in ours.items()
             }
-    assert sum(o.num_cached_tokens > 0 for o in got) > 40, "prefix hits are part of this test"
+    assert sum(o.num_cached_tokens > 0 for o in got) > 20, "prefix hits are part of this test"
     stats = engine.stats()
-    assert stats["drafted_requests"] > 1000
+    assert stats["drafted_requests"] > 500
     assert stats["pages_free"] == stats["pages_total"]
 
 
@@ -55,7 +55,7 @@ def test_an_unrelated_pruned_drafter_changes_no_output(family, engines, oracle):
 )
 @pytest.mark.parametrize("drafter", [0, 1])
 def test_scheduling_changes_no_output(drafter, options, engines, oracle):
-    count = 45
+    count = 27
     want = oracle(QWEN, count, 2)
     engine = engines(QWEN, drafter=drafter, **options)
     got = engine.run(generate_requests(QWEN, count, seed=2), (8,))
@@ -63,7 +63,7 @@ def test_scheduling_changes_no_output(drafter, options, engines, oracle):
     if "num_gpu_blocks_override" in options:
         assert engine.metric("num_preemptions") > 0
     stats = engine.stats()
-    assert stats["drafted_tokens"] > 500
+    assert stats["drafted_tokens"] > 300
     assert stats["pages_free"] == stats["pages_total"]
     if drafter == 0:
         assert engine.metric("spec_decode_num_accepted_tokens") > 0
@@ -101,7 +101,7 @@ def test_aborted_requests_leave_no_page_behind(engines):
 
 def test_seeded_sampling_is_repeatable_and_lives_through_chunked_prefill(engines):
     engine = engines(QWEN, drafter=1, max_num_batched_tokens=96, enable_prefix_caching=False)
-    requests = generate_requests(QWEN, 9, seed=7)
+    requests = generate_requests(QWEN, 6, seed=7)
     for i, request in enumerate(requests):
         request.params = SamplingParams(temperature=1.0, top_p=0.9, seed=i, max_tokens=30, ignore_eos=True)
     first = token_ids(engine.run(requests, (1,)))

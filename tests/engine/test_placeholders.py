@@ -145,7 +145,7 @@ SCARCE = {"max_num_batched_tokens": 96, "num_gpu_blocks_override": 19}
     ],
 )
 def test_no_output_changes_where_the_scheduler_does_not_know_the_drafts(drafter, options, engines, oracle, monkeypatch):
-    count = 45
+    count = 36
     want = oracle(QWEN, count, 2)
     engine = engines(QWEN, drafter=drafter, **options)
     requests = generate_requests(QWEN, count, seed=2)
@@ -160,7 +160,7 @@ def test_no_output_changes_where_the_scheduler_does_not_know_the_drafts(drafter,
         with running_ahead(engine, yes) as filled:
             got = engine.run(requests, (8, 8, 3, 8, 1))
         assert token_ids(got) == token_ids(want)
-        assert (filled[NEW] > 500) == yes
+        assert (filled[NEW] > 250) == yes
         assert (filled[OLD] > 0) == (yes and bool(options))
         accepted[yes] = engine.metric("spec_decode_num_accepted_tokens") - num_accepted
     assert accepted[True] == accepted[False]
@@ -192,7 +192,7 @@ def counted_by_vllm(engine: Engine) -> Iterator[Counter[str]]:
     [pytest.param(0, {}, id="plenty"), pytest.param(1, SCARCE, id="scarce and mostly rejected")],
 )
 def test_no_output_changes_and_nothing_is_counted_where_drafts_are_padded(drafter, options, yes, engines, oracle):
-    count = 45
+    count = 27
     want = oracle(QWEN, count, 2)
     engine = engines(QWEN, drafter=drafter, **options)
     requests = generate_requests(QWEN, count, seed=2)
@@ -210,10 +210,10 @@ def test_no_output_changes_and_nothing_is_counted_where_drafts_are_padded(drafte
         assert token_ids(got) == token_ids(want)
         after = engine.stats()
         counted[pads] = by_vllm, {name: after[name] - before[name] for name in ("verified_strict", "strict_chains")}
-    assert seen["padding"] > 500
+    assert seen["padding"] > 250
     if not options:  # nobody is preempted, or waits
         assert seen["whole"] > 0.5 * seen["steps"]
-        assert counted[True] == counted[False] and counted[True][0]["num_draft_tokens"] > 500
+        assert counted[True] == counted[False] and counted[True][0]["num_draft_tokens"] > 250
 
 
 def let_drafts_wait(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +358,7 @@ def test_requests_that_are_gone_before_their_drafts_are_verified_harm_nobody(eng
 
 @pytest.mark.two_ranks
 def test_two_ranks_put_the_same_tokens_into_their_inputs(engines: Callable[..., Engine], oracle):
-    count = 45
+    count = 27
     want = oracle(QWEN, count, 2)
     engine = engines(QWEN, drafter=0, tensor_parallel_size=2, lvspec={"pruning": "none"})
     engine.llm.collective_rpc(look_at_tokens, args=(False,))
@@ -367,14 +367,14 @@ def test_two_ranks_put_the_same_tokens_into_their_inputs(engines: Callable[..., 
     stats = engine.stats()  # asserts that the ranks agree
     assert token_ids(got) == token_ids(want)
     first, second = engine.llm.collective_rpc(num_placeholders)
-    assert first == second == stats["drafted_tokens"] > 300
+    assert first == second == stats["drafted_tokens"] > 150
     assert engine.metric("spec_decode_num_accepted_tokens") > 0.5 * stats["drafted_tokens"]
     engine.llm.collective_rpc(have_graphs_of_chains)
     got = engine.run(generate_requests(QWEN, count, seed=2), (8, 1, 5))
     engine.llm.collective_rpc(look_at_tokens, args=(True,))
     assert token_ids(got) == token_ids(want)
     first, second = engine.llm.collective_rpc(num_padding)
-    assert first == second > 20
+    assert first == second > 10
     engine.stats()
 
 

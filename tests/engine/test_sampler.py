@@ -100,8 +100,12 @@ def layout_of(drafts: Sequence[Sequence[int]]) -> SpecDecodeMetadata:
 def sample(of: RejectionSampler, drafts: list[list[int]], logits: torch.Tensor, settings: dict) -> tuple[list, Any]:
     """Emitted tokens, and their logprobs as they leave the worker."""
     torch.manual_seed(7)
-    metadata = layout_of(drafts)
-    output: SamplerOutput = of(metadata, None, logits.clone(), metadata_of(drafts, **settings))
+    sampling = metadata_of(drafts, **settings)
+    if sampling.temperature is not None:  # every third is greedy all the same
+        sampling.temperature[::3], sampling.all_random = 0.0, False
+    sampling.bad_words_token_ids = {0: [[3], [5, 6]]}
+    sampling.allowed_token_ids_mask = torch.arange(VOCAB).repeat(len(drafts), 1) == 9  # which nobody may say
+    output: SamplerOutput = of(layout_of(drafts), None, logits.clone(), sampling)
     tokens, logprobs = of.parse_output(output.sampled_token_ids, VOCAB, (), output.logprobs_tensors)
     return tokens, None if logprobs is None else [np.asarray(column) for column in logprobs if column is not None]
 
@@ -125,6 +129,7 @@ def test_outputs_are_those_of_vllm(mode, settings, logprobs, monkeypatch):
     rng = random.Random(repr((mode, settings, logprobs)))
     for num in (1, 2, 7):
         drafts, logits = random_drafts(rng, num, 5)
+        logits = logits.to(rng.choice([torch.float32, torch.bfloat16]))
         want = sample(RejectionSampler(Sampler(mode)), drafts, logits, settings | {"logprobs": logprobs})
         for at_once in (1, 4, 64):
             monkeypatch.setattr(sampler, "PENALIZED_AT_ONCE", at_once)
@@ -184,15 +189,27 @@ def test_logits_take_no_more_than_is_planned_for_them(dtype, logprobs, settings,
 
 
 @pytest.mark.usefixtures("_in_place")
-def test_the_profile_has_as_many_rows_as_a_step_may_have_and_their_copies():
-    for num_rows in (11, 33, 35, 43):
-        rows: list[int] = []
-        tested = ours()
-        forward = tested.forward
-        tested.forward = lambda *args, rows=rows, forward=forward: rows.append(len(args[2])) or forward(*args)
-        peak = peak_of(lambda n=num_rows, tested=tested: verify_rows(tested, n, 10, LARGE_VOCAB, torch.bfloat16, CPU))
-        assert rows == [num_rows - (num_rows % 11 == 1)]
-        assert 12 * rows[0] * LARGE_VOCAB < peak
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_profile_has_as_many_rows_as_a_step_may_have_and_takes_no_less(dtype, monkeypatch):
+    monkeypatch.setattr(sampler, "PENALIZED_AT_ONCE", 4)
+    rows: list[int] = []
+    tested = ours()
+    forward = tested.forward
+    tested.forward = lambda *args: rows.append(len(args[2])) or forward(*args)
+    for num_rows in (11, 33, 34, 35, 43):
+        verify_rows(tested, num_rows, 10, VOCAB, dtype, CPU)
+    assert rows == [11, 33, 33, 35, 43]
+    drafts = [[0] * 10] * 10
+    profiled = peak_of(lambda: verify_rows(tested, 110, 10, LARGE_VOCAB, dtype, CPU))
+    for settings in (GREEDY, SAMPLED, SAMPLED | PENALTIES):
+        for logprobs in (None, 3):
+            metadata, sampling = layout_of(drafts), metadata_of(drafts, **settings, logprobs=logprobs)
+            step = peak_of(
+                lambda metadata=metadata, sampling=sampling: tested(
+                    metadata, None, torch.randn(110, LARGE_VOCAB, dtype=dtype), sampling
+                )
+            )
+            assert profiled > 0.98 * step, (settings, logprobs)
 
 
 @pytest.mark.usefixtures("_in_place")
@@ -202,7 +219,6 @@ def test_what_is_taken_for_planned_by_vllm_is():
     metadata = layout_of(drafts)
 
     def run() -> None:
-        kept = torch.randn(24, LARGE_VOCAB, dtype=torch.bfloat16)  # those of its sampler's run before
-        vllms(metadata, None, torch.randn(2 * len(kept), LARGE_VOCAB, dtype=torch.bfloat16), sampling)
+        vllms(metadata, None, torch.randn(2 * len(drafts), LARGE_VOCAB, dtype=torch.bfloat16), sampling)
 
     assert peak_of(run) >= BYTES_PLANNED_BY_VLLM * 24 * LARGE_VOCAB  # on CPUs some more

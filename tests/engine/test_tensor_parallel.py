@@ -6,11 +6,11 @@ from workload import QWEN, generate_requests, token_ids
 
 @pytest.mark.two_ranks
 def test_two_ranks_give_what_one_gives(engines, oracle):
-    count = 45
+    count = 27
     want = oracle(QWEN, count, 2)
     engine = engines(QWEN, drafter=1, tensor_parallel_size=2)
     got = engine.run(generate_requests(QWEN, count, seed=2), (8, 1, 5))
     assert token_ids(got) == token_ids(want)
     stats = engine.stats()  # asserts that the ranks agree
-    assert stats["drafted_tokens"] > 300
+    assert stats["drafted_tokens"] > 150
     assert stats["pages_free"] == stats["pages_total"]

@@ -1027,9 +1027,9 @@ def count_decisions(drafter, monkeypatch) -> list[int]:
     decisions: list[int] = []
     decide = drafter._paying
 
-    def counted(requests, wanted, max_length):
+    def counted(requests, batch, wanted, max_length):
         decisions.append(len(wanted))
-        return decide(requests, wanted, max_length)
+        return decide(requests, batch, wanted, max_length)
 
     monkeypatch.setattr(drafter, "_paying", counted)
     return decisions
@@ -1368,3 +1368,61 @@ def test_where_all_requests_of_lately_would_not_fit_those_who_would_are_thought_
         drafter.most_rows, drafter._most_lately = rows, 16.0
         (draft,) = drafter.propose([make_request("a", max_draft=1000)], 8)
         assert bool(draft) == pays
+
+
+def test_a_short_answer_keeps_no_room_from_a_long_one():
+    # Of the two that have not been read one has room, and the short one would not pay.
+    costs = StepCosts([1, 1000], [1.0, 1.0], [0.01, 0.01], prompt=10.0)
+    drafter = only_if_faster(SlotModel(max_model_len=10**6), costs)
+    drafter.most_rows = 2 + 10
+    short, long = make_request("short", max_draft=15), make_request("long", max_draft=1000)
+    assert [len(draft) for draft in drafter.propose([short, long], 10)] == [0, 10]
+
+
+def test_prompts_that_the_target_reads_have_logits_too():
+    drafter = make_drafter()
+    drafter.most_rows = 3 * 5 + 2
+    requests = [make_request(str(i)) for i in range(3)]
+    for num_prefilling, lengths in ((2, [4, 4, 4]), (3, [4, 4, 0])):
+        drafts = drafter.start(requests, 4, num_prefilling)
+        drafter.finish(drafts)
+        assert drafts.lengths == lengths
+
+
+def test_who_has_ended_takes_no_room():
+    drafter = make_drafter()
+    requests = [make_request(str(i)) for i in range(3)]
+    drafter.most_rows = 2 * 5
+    for ended in (replace(requests[1], is_done=True), replace(requests[1], max_draft_tokens=-1)):
+        assert [len(draft) for draft in drafter.propose([requests[0], ended, requests[2]], 4)] == [4, 0, 4]
+
+
+@pytest.mark.parametrize("has_graphs", [True, False])
+def test_the_step_of_somebodys_last_token_says_nothing_of_those_behind_it(has_graphs):
+    # In pieces nothing pays, and without a draft for everybody there is no graph.
+    costs = StepCosts([1, 160], [1.0, 1.4], [0.01, 0.01], pieces=[20.0, 20.0] if has_graphs else None)
+    drafter = only_if_faster(SlotModel(max_model_len=10**6), costs)
+    requests = [make_request(str(i), max_draft=100) for i in range(16)]
+    assert all(map(len, drafter.propose(requests, 4)))
+    requests = [extended(request, [7] * 5, 4) for request in requests]
+    requests[3] = replace(requests[3], max_draft_tokens=0)
+    drafts = drafter.propose(requests, 4)
+    assert [len(draft) for draft in drafts] == ([0] * 16 if has_graphs else [4] * 3 + [0] + [4] * 12)
+    requests = [extended(request, [7], 0) for request in requests]
+    requests[3] = replace(requests[3], max_draft_tokens=-1)
+    assert not drafter.rests([request.req_id for request in requests])
+    drafts = drafter.propose(requests, 4)
+    assert [len(draft) for draft in drafts] == [4] * 3 + [0] + [4] * 12
+    # And who never is drafted for keeps the others' refusal standing.
+    drafter.costs = replace(costs, first=10**6)
+    assert not any(drafter.propose([extended(request, [7], 0) for request in requests], 4))
+    assert drafter.rests([request.req_id for request in requests])
+
+
+def test_drafts_longer_than_fit_promise_nothing():
+    # Drafts of eight tokens would pay for the first one's price, for which eight requests have no room.
+    costs = StepCosts([1, 400], [1.0, 1.05], [0.02, 0.02], first=45.0)
+    for rows, pays in ((10**6, True), (8 + 8, False)):
+        drafter = make_drafter(SlotModel(max_model_len=10**6), costs=costs)
+        drafter.most_rows = rows
+        assert any(drafter.propose([make_request(str(i), max_draft=100) for i in range(8)], 8)) == pays

@@ -5,6 +5,7 @@ The drafter knows nothing of vLLM: requests come in as `DraftRequest`, the model
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import Counter
@@ -42,7 +43,8 @@ from vllm_lvspec.kernels.advance_decode import advance_decode
 _MOST_LEFT = 0.998
 # What is counted: requests and tokens drafted for, forwards of the model, requests that could not be drafted for in a
 # step because no room was left in their length, no page in the pool, their visual embeddings can't be had, or because
-# drafting would not have paid; and videos of which the strategy did not know what it looks at.
+# drafting would not have paid or the target's logits have no room; and videos of which the strategy did not know what
+# it looks at.
 COUNTS = (
     "drafted_requests", "drafted_tokens", "forwards", "prefills", "skipped_length", "skipped_pool_full",
     "skipped_embeddings", "skipped_cost", "pruned_uniformly",
@@ -183,7 +185,7 @@ class Drafter:
         self.chains = FixedChains()
         self.answers = Answers()
         self.corrections = Corrections()
-        self._most_lately = 0.0  # requests of a step
+        self._most_lately = 0.0  # requests that went on behind a step
         self.refusal: Refusal | None = None  # to draft, while it stands
         self.clock = Clock(model.device)
         self.prefill_seconds = 0.0
@@ -224,17 +226,20 @@ class Drafter:
         """Whether drafts end where another token would not pay."""
         return self.is_adaptive and self.costs is not None
 
-    def start(self, requests: Sequence[DraftRequest], num_speculative_tokens: int) -> Drafts:
+    def start(self, requests: Sequence[DraftRequest], num_speculative_tokens: int, num_prefilling: int = 0) -> Drafts:
         """Have at most `num_speculative_tokens` drafted for each request, none where it can't be drafted for.
 
-        They must be finished before others are started.
+        They must be finished before others are started. `num_prefilling`: requests beside these whose prompts the
+        target is reading, and which may have logits in the next step, too.
         """
         drafts = Drafts([0] * len(requests))
-        self._start(drafts, requests, num_speculative_tokens)
+        self._start(drafts, requests, num_speculative_tokens, self.most_rows - num_prefilling)
         drafts.end = self.clock.mark()
         return drafts
 
-    def _start(self, drafts: Drafts, requests: Sequence[DraftRequest], num_speculative_tokens: int) -> None:
+    def _start(
+        self, drafts: Drafts, requests: Sequence[DraftRequest], num_speculative_tokens: int, most_rows: int
+    ) -> None:
         if not any(request.num_verified for request in requests) and self.rests([r.req_id for r in requests]):
             return
         wanted: list[tuple[int, int]] = []  # draft length at most, index of the request
@@ -251,14 +256,16 @@ class Drafter:
             wanted.append((length, i))
             if request.req_id not in self._histories:
                 self._histories[request.req_id] = RequestHistory()
+        batch = [request for request in requests if request.goes_on]
         if self.costs is not None and wanted:
-            self._most_lately = max(len(wanted), _MOST_LEFT * self._most_lately)
+            self._most_lately = max(len(batch), _MOST_LEFT * self._most_lately)
             for _, i in wanted:
                 self._judge(requests[i], num_speculative_tokens)
         wanted = [(length, i) for length, i in wanted if not requests[i].is_done]
-        wanted = self._fitting(requests, wanted)
-        if self.costs is not None and self.only_if_faster and wanted:
-            wanted = self._paying(requests, wanted, num_speculative_tokens)
+        if wanted:
+            wanted = self._fitting(requests, wanted, most_rows - len(batch))
+            if self.costs is not None and self.only_if_faster:
+                wanted = self._paying(requests, batch, wanted, num_speculative_tokens)
         ready = [(length, i) for length, i in wanted if self._prepare(requests[i], length)]
         if not ready:
             return
@@ -267,8 +274,8 @@ class Drafter:
         plan = None
         if self._plans:
             names = {request.req_id for request in chosen}
-            others = [request for request in requests if request.req_id not in names and request.goes_on]
-            plan = self._plan(chosen, others, num_speculative_tokens)
+            others = [request for request in batch if request.req_id not in names]
+            plan = self._plan(chosen, others, num_speculative_tokens, most_rows)
         drafts.drafted = [Drafted(i, self._histories[requests[i].req_id], requests[i].ends) for _, i in ready]
         self._draft(drafts, chosen, [length for length, _ in ready], plan)
         self.counts["drafted_requests"] += len(ready)
@@ -306,15 +313,25 @@ class Drafter:
             self.chains.learn(num_accepted, max_length)
         history.num_tokens = num_tokens
 
-    def _fitting(self, requests: Sequence[DraftRequest], wanted: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Those of `wanted` whose drafts the target's logits have room for; whose prompts have been read come first."""
-        room = self.most_rows - len(requests)
+    def _fitting(
+        self, requests: Sequence[DraftRequest], wanted: list[tuple[int, int]], room: int
+    ) -> list[tuple[int, int]]:
+        """Those of `wanted` for whose drafts the target's logits have `room`.
+
+        Whose prompts have been read come first, then those of whose answers most is to come.
+        """
         # How much longer drafts become that end where they no longer pay is seen to while they are made.
         needed = [min(length, self.least_length) if self._plans else length for length, _ in wanted]
         if sum(needed) <= room:
             return wanted
+
+        def rank(j: int) -> float:
+            request = requests[wanted[j][1]]
+            is_known = request.req_id in self.sequences
+            return -math.inf if is_known else -self.answers.tokens_left(request.max_draft_tokens + 1)
+
         chosen = []
-        for j in sorted(range(len(wanted)), key=lambda j: requests[wanted[j][1]].req_id not in self.sequences):
+        for j in sorted(range(len(wanted)), key=rank):
             if needed[j] <= room:
                 room -= needed[j]
                 chosen.append(wanted[j])
@@ -322,13 +339,16 @@ class Drafter:
         return chosen
 
     def _paying(
-        self, requests: Sequence[DraftRequest], wanted: list[tuple[int, int]], max_length: int
+        self,
+        requests: Sequence[DraftRequest],
+        batch: Sequence[DraftRequest],
+        wanted: list[tuple[int, int]],
+        max_length: int,
     ) -> list[tuple[int, int]]:
         """Those of `wanted` who get what is left of all answers sooner with drafts, with prompts to be read first.
 
-        Whose prompt has been read drafts on where that pays for these few, in a batch where others may go without.
+        Whose prompt has been read drafts on where that pays for these few, in a `batch` where others may go without.
         """
-        batch = [request for request in requests if request.goes_on]
         candidates = [requests[i] for _, i in wanted]
         known = [j for j, request in enumerate(candidates) if request.req_id in self.sequences]
         saved = self._seconds_saved(batch, [candidates[j] for j in known], max_length) if known else 0.0
@@ -342,8 +362,10 @@ class Drafter:
         num_steps = 1 if self.refusal is None else self.refusal.num_steps
         self.refusal = None
         if not chosen:
-            names = [request.req_id for request in requests]
-            self.refusal = Refusal(self._doubt(candidates, num_steps), names)
+            costs = self._doubt(candidates, num_steps)
+            # A request's last token has no draft, for which one step in pieces may not pay, and those behind it may.
+            if costs.pieces is None or all(request.max_draft_tokens for request in batch):
+                self.refusal = Refusal(costs, [request.req_id for request in batch])
         return [wanted[j] for j in chosen]
 
     def _joining(
@@ -380,11 +402,13 @@ class Drafter:
         load = Load(len(batch), len(drafting), whole, float(target.sum()), float(draft.sum()))
         least = min(self.least_length, max_length) if self.is_adaptive else max_length
         if num_requests is not None:
-            most = max(1.0, (self.most_rows - num_requests) / least)
+            most = max(1, int(self.most_rows - num_requests) // least)
             load = load.grown(num_requests, min(num_requests, most))
         if self.is_adaptive:
-            length: Any = np.arange(least, max_length + 1)
-            tokens: Any = expected_tokens(self._rates(drafting), max_length)[least - 1 :]
+            most = int((self.most_rows - load.num_requests) // load.num_drafting)
+            most = min(max(most, least), max_length)
+            length: Any = np.arange(least, most + 1)
+            tokens: Any = expected_tokens(self._rates(drafting), most)[least - 1 :]
         else:
             length, tokens = max_length, self.chains.tokens(max_length)
         costs = self._costs_now(int(load.num_requests), int(load.num_drafting))
@@ -403,13 +427,15 @@ class Drafter:
         self.counts["skipped_cost"] += len(req_ids)
         return True
 
-    def _plan(self, requests: Sequence[DraftRequest], others: Sequence[DraftRequest], max_length: int) -> DraftPlan:
+    def _plan(
+        self, requests: Sequence[DraftRequest], others: Sequence[DraftRequest], max_length: int, most_rows: int
+    ) -> DraftPlan:
         """What is known of the chances of `requests`, and what drafting for them costs in a batch with `others`."""
         costs = self._costs_now(len(requests) + len(others), len(requests))
         others_context = float(sum(len(request.token_ids) for request in others))
         contexts = self._contexts(requests)
         rates = self._rates(requests)
-        return DraftPlan(costs, rates, *contexts, max_length, len(others), others_context, self.most_rows)
+        return DraftPlan(costs, rates, *contexts, max_length, len(others), others_context, most_rows)
 
     def _rates(self, requests: Sequence[DraftRequest]) -> np.ndarray:
         """Each one's mean chance that a drafted token is accepted, `[num_requests]`."""

@@ -104,7 +104,7 @@ class StepCosts:
         return _interpolate(self.rows, self.target, rows) + self.target_per_context * context
 
     def of_verification(self, rows: float | np.ndarray, context: float, further: float | np.ndarray) -> Any:
-        """As one graph. `further`: tokens of context that rows beyond a request's first read."""
+        """As one graph, where there is one. `further`: tokens of context that rows beyond a request's first read."""
         return self.of_target(rows, context) + self.target_per_row_context * further
 
     def of_pieces(self, rows: float | np.ndarray, context: float, further: float | np.ndarray) -> Any:
@@ -112,15 +112,15 @@ class StepCosts:
         seconds = self.of_verification(rows, context, further)
         return seconds if self.pieces is None else np.maximum(seconds, _interpolate(self.rows, self.pieces, rows))
 
-    def bounds(self, load: Load, rows: float | np.ndarray, max_length: int) -> tuple[Any, float]:
+    def bounds(self, load: Load, rows: float | np.ndarray, max_length: int) -> tuple[Any, float] | None:
         """Of what verification takes of drafts by their `rows`, the least, because the host must launch pieces, and the
         most, because padding would make a graph of them.
 
         A request by itself has a graph whatever its draft's length. Several have one where all drafts are of
         `max_length`, and none where some have no draft.
         """
-        if self.pieces is None or load.num_requests == 1:
-            return 0.0, math.inf
+        if self.pieces is None or load.num_requests < 2:
+            return None
         least, most = _interpolate(self.rows, self.pieces, rows), math.inf
         if load.num_drafting == load.num_requests:
             every = load.num_requests * (1 + max_length)
@@ -165,7 +165,9 @@ def seconds_saved(
     step = (costs.first + length - 1) * costs.of_draft(drafting, load.draft_context)
     rows = num + drafting * length
     verified = costs.of_verification(rows, load.target_context, length * load.verified_context)
-    step += costs.verification * np.clip(verified, *costs.bounds(load, rows, max_length))
+    if (bounds := costs.bounds(load, rows, max_length)) is not None:
+        verified = np.clip(verified, *bounds)
+    step += costs.verification * verified
     return alone / num - LEAST_GAIN * step / (num - drafting + drafting * tokens)
 
 
@@ -294,7 +296,7 @@ class RunningMean:
 
 @dataclass
 class Refusal:
-    """That drafting paid for nobody of the requests `req_ids` at these `costs`.
+    """That drafting paid for nobody of the requests `req_ids` at these `costs`, as far as there was room for drafts.
 
     It stands for some steps of about the same requests, because to decide anew takes as long as a layer of a small
     model, and in a large batch there is often one that comes or goes. `num_steps` have gone without drafts by it.
@@ -466,15 +468,18 @@ class DraftPlan:
         return self.costs.of_draft(np.arange(len(self.rates) + 1))
 
     @functools.cached_property
-    def _target(self) -> tuple[np.ndarray, np.ndarray, float]:
-        """And the least of those in pieces, and the most of any."""
+    def _target(self) -> tuple[np.ndarray, tuple[np.ndarray, float] | None]:
+        """And its bounds."""
         rows = np.arange(self.load.num_requests + len(self.rates) * self.max_length + 1)
-        least, most = self.costs.bounds(self.load, rows, self.max_length)
-        return self.costs.of_target(rows, self.load.target_context), np.broadcast_to(least, rows.shape), most
+        bounds = self.costs.bounds(self.load, rows, self.max_length)
+        return self.costs.of_target(rows, self.load.target_context), bounds
 
     def _verification(self, rows: int | slice, further: float | np.ndarray) -> Any:
-        target, least, most = self._target
+        target, bounds = self._target
         seconds = target[rows] + self.costs.target_per_row_context * further
+        if bounds is None:
+            return seconds
+        least, most = bounds
         return np.minimum(np.maximum(seconds, least[rows]), most)
 
     def take(self, requests: np.ndarray, chances: np.ndarray) -> None:

@@ -202,7 +202,7 @@ def memory_fit(vllm_config: VllmConfig, config: LVSpecConfig) -> Fit:
     from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
 
     from vllm_lvspec.engine.compatibility import draft_model_config
-    from vllm_lvspec.engine.memory import BYTES_PER_LOGIT, default_cache_bytes, device_memory, most_rows
+    from vllm_lvspec.engine.memory import default_cache_bytes, device_memory, logits_bytes
 
     target, cache = vllm_config.model_config, vllm_config.cache_config
     size, folder = vllm_config.parallel_config.tensor_parallel_size, vllm_config.load_config.download_dir
@@ -226,12 +226,9 @@ def memory_fit(vllm_config: VllmConfig, config: LVSpecConfig) -> Fit:
     ]
     allowed = int(cache.gpu_memory_utilization * memory)
     if torch.cuda.is_available():
-        rows = most_rows(vllm_config, memory)
-        logits = rows * target.get_vocab_size() * BYTES_PER_LOGIT
-        parts += [
-            Part("logits of drafts", logits, f"{rows} rows, at most"),
-            Part("activations", int(ACTIVATIONS * allowed), "a tenth, roughly; vLLM measures it"),
-        ]
+        logits, activations = logits_bytes(vllm_config, memory), int(ACTIVATIONS * allowed)
+        why = "a tenth, roughly" if activations > logits else "logits of drafts"
+        parts.append(Part("activations", max(activations, logits), f"{why}; vLLM measures it"))
     return Fit(
         parts,
         allowed if cache.kv_cache_memory_bytes is None else free,

@@ -16,7 +16,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 DEFAULT_CACHE_GIB = 4.0
 DEFAULT_CACHE_SHARE = 0.1  # of the device's memory
 # Of the device's memory, what logits of drafts may take; and bytes at most for each one, with copies in float32 (the
-# target's, what is made of them, and their probabilities or logarithms of these).
+# target's, what is made of them, and their probabilities or logarithms of these, of which clients get a few).
 SHARE_OF_LOGITS = 0.05
 BYTES_PER_LOGIT = 20
 # And for each of a request's own, of which vLLM's profile run has `max_num_seqs`, with a drafted one each.
@@ -45,8 +45,8 @@ def device_memory(num_ranks: int) -> tuple[int, int]:
         return total, free
     memory, limit = psutil.virtual_memory(), get_cgroup_memory_limit()
     total, free = memory.total, memory.available
-    if limit is not None:
-        total, free = min(total, limit), min(free, max(0, limit - (get_cgroup_memory_usage() or 0)))
+    if limit is not None and limit < total:  # as vLLM takes it
+        total, free = limit, min(free, max(0, limit - (get_cgroup_memory_usage() or 0)))
     return total // num_ranks, free // num_ranks
 
 
@@ -63,6 +63,12 @@ def most_rows(target: VllmConfig, memory: int) -> int:
     return min(every, max(int(affordable), num_requests + length))
 
 
+def logits_bytes(target: VllmConfig, memory: int) -> int:
+    """What logits of a step take at most on a device of `memory` bytes, as they are planned for."""
+    rows = BYTES_PER_LOGIT * most_rows(target, memory), BYTES_PLANNED_BY_VLLM * target.scheduler_config.max_num_seqs
+    return max(rows) * target.model_config.get_vocab_size()
+
+
 def verify_rows(
     sampler: RejectionSampler, num_rows: int, length: int, vocab_size: int, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -70,6 +76,8 @@ def verify_rows(
 
     vLLM's profile run has one drafted token of each request, and all others then would not be planned for.
     """
+    # Of log probabilities, without what else vLLM would compile for them here.
+    beside = torch.empty(num_rows, vocab_size, dtype=torch.float32, device=device)
     drafts = [[0] * length] * (num_rows // (1 + length))
     rest = num_rows - len(drafts) * (1 + length)
     drafts += [[0] * (rest - 1)] if rest > 1 else []
@@ -101,3 +109,4 @@ def verify_rows(
     metadata = SpecDecodeMetadata.make_dummy(drafts, device)
     logits = torch.randn(sum(map(len, drafts)) + num_requests, vocab_size, dtype=dtype, device=device)
     sampler(metadata, None, logits, sampling)
+    del beside

@@ -310,7 +310,8 @@ class LVSpecProposer:
         for i in indices:
             token_ids, num_verified = token_ids_cpu[i, : lengths[i]], len(verified.get(req_ids[i], ()))
             batch.append(self._request(states[req_ids[i]], token_ids, sampled_token_ids[i], num_verified, i))
-        started = self.drafter.start(batch, scheduler_output.num_spec_tokens_to_schedule)
+        num_prefilling = len(sampled_token_ids) - len(indices)
+        started = self.drafter.start(batch, scheduler_output.num_spec_tokens_to_schedule, num_prefilling)
         first, further = (after - value for after, value in zip(self._foretold(), before, strict=True))
         num_prompts = self.drafter.counts["prefills"] - num_prompts
         self._started = _Started(started, begin, (first, further), num_prompts)

@@ -321,10 +321,14 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         """Verify as many drafted tokens as a step may have: vLLM has had one of each request."""
         assert self.drafter.drafter is not None
         if self.device.type != "cpu":  # where nobody looks at the peak
-            vocab_size, dtype = self.model_config.get_vocab_size(), self.model_config.dtype
-            most_rows = self.drafter.drafter.most_rows
-            verify_rows(self.rejection_sampler, most_rows, self.num_spec_tokens, vocab_size, dtype, self.device)
+            config, rows = self.model_config, self.drafter.drafter.most_rows
+            # Hidden states, and those of a layer, are there until a step has sampled.
+            shape = 2, self.max_num_tokens, config.get_hidden_size()
+            beside = torch.empty(shape, dtype=config.dtype, device=self.device)
+            length, vocab_size = self.num_spec_tokens, config.get_vocab_size()
+            verify_rows(self.rejection_sampler, rows, length, vocab_size, config.head_dtype, self.device)
             self._sync_device()
+            del beside
 
     @contextmanager
     def _decodes_of(self, tokens: int) -> Iterator[None]:

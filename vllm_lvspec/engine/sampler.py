@@ -82,7 +82,7 @@ class LVSpecRejectionSampler(RejectionSampler):
         if not self.is_logits_logprobs_mode:
             rows = self.sampler.compute_logprobs(rows)
         indices = torch.arange(len(rows), device=rows.device)
-        ends = metadata.cu_num_sampled_tokens
+        ends = metadata.cu_num_sampled_tokens.to(torch.int64)
         requests = torch.searchsorted(ends, indices, right=True)
         places = requests * sampled_token_ids.shape[1] + indices - F.pad(ends[:-1], (1, 0))[requests]
         token_ids = sampled_token_ids.flatten()[places].clamp(min=0)  # of a rejected one there is no token
