@@ -165,10 +165,10 @@ def pages_of(counts, width=5, seed=0, block_size=4):
 
 def test_the_closest_of_many_visual_tokens_are_found_in_parts(monkeypatch):
     pages = pages_of([23])
-    queries, starts = torch.randn(4, 5), torch.tensor([0, 4], dtype=torch.int32)
-    whole = closest(queries, starts, pages, 3)
+    queries, starts, visuals = torch.randn(4, 5), [0, 4], [0, 23]
+    whole = closest(queries, starts, pages, visuals, 3)
     monkeypatch.setattr(matches, "FEATURES_AT_ONCE", 5)
-    cosines, indices = closest(queries, starts, pages, 3)
+    cosines, indices = closest(queries, starts, pages, visuals, 3)
     torch.testing.assert_close(cosines, whole[0])
     assert (indices == whole[1]).all()
 
@@ -176,7 +176,7 @@ def test_the_closest_of_many_visual_tokens_are_found_in_parts(monkeypatch):
 def test_the_closest_visual_tokens_are_those_whose_cosines_make_the_relevance():
     pages = pages_of([9, 0, 2])
     queries, starts = torch.randn(7, 5), torch.tensor([0, 3, 5, 7], dtype=torch.int32)
-    cosines, indices = closest(queries, starts, pages, 3)
+    cosines, indices = closest(queries, starts.tolist(), pages, pages.starts.tolist(), 3)
     torch.testing.assert_close(cosines, top_cosines_reference(queries, starts, pages, 3)[0])
     assert (indices[3:5] == -1).all() and (indices[5:, 2] == -1).all()
     feature = pages.features[pages.block_table[0][indices[1, 0] // 4], indices[1, 0] % 4, 0]
@@ -226,10 +226,10 @@ def traced(relevance, draft, target, tokens, reasons, rules, shares=1):
         exact=torch.zeros(1 + num, dtype=torch.bool), logits=torch.zeros(1 + num, 9), places=torch.arange(1 + num),
     )  # fmt: skip
     own = [np.arange(2), np.arange(6) * shares]
-    traces.note_choices(choices, torch.tensor([0.9, *relevance]), queries, pages, own, floats_of_two_ranks)
+    traces.note_choices(choices, torch.tensor([0.9, *relevance]), queries, pages, [0, 2, 8], own, floats_of_two_ranks)
     request = traces.request("r-1", lambda: RequestTrace("r-1", rules.policy, rules.relaxation, []))
     traces.add(request, 1, rules, tokens, reasons)
-    expected, places = closest(queries, choices.starts, pages, 3)
+    expected, places = closest(queries, choices.starts.tolist(), pages, [0, 2, 8], 3)
     return traces, request, expected[1:], places[1:]
 
 
@@ -260,7 +260,8 @@ def test_a_strict_chain_is_traced_without_relevance():
 def test_tokens_behind_an_end_are_no_anchors_and_count_for_no_share():
     traces = Traces(2, is_end=lambda token, rules: token == 6)
     traces.note_drafts(torch.tensor([5, 6, 7, 7]), [4])
-    traces._chains.relevance, traces._chains.closest = [0.1, 0.2, 0.9, 0.9], ([[]] * 4, [[]] * 4)
+    nothing = torch.zeros(4, 0)
+    traces._note(relevance=torch.tensor([0.1, 0.2, 0.9, 0.9]), closest=nothing, cosines=nothing)
     chain = traces._chain_of(0, RequestRules("lvspec", 0.5))
     assert [known.get("is_anchor") for known in chain] == [False, True, None, None]
 

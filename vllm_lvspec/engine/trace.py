@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_lvspec.device import upload
 from vllm_lvspec.draft.drafter import VisualItem
 from vllm_lvspec.kernels.relevance import VisualPages
 from vllm_lvspec.verify.matches import closest
@@ -67,14 +68,15 @@ class RequestTrace:
 
 @dataclass
 class _Chains:
-    """What is known of a step's drafted tokens, on the host; `starts` of each request's. Of a batch where everybody is
-    verified strictly, no more than what was drafted."""
+    """What is known of a step's drafted tokens; `starts` of each request's. Of a batch where everybody is verified
+    strictly, no more than what was drafted."""
 
     starts: list[int]
-    draft_ids: list[int]
-    target_ids: list[int] | None = None
-    relevance: list[float] | None = None
-    closest: tuple[list[list[int]], list[list[float]]] | None = None
+    draft_ids: Sequence[int]
+    target_ids: Sequence[int] | None = None
+    relevance: Sequence[float] | None = None
+    closest: Sequence[Sequence[int]] | None = None  # visual tokens of each drafted one
+    cosines: Sequence[Sequence[float]] | None = None
 
 
 class Traces:
@@ -97,14 +99,21 @@ class Traces:
         self._threshold = threshold
         self._traces: OrderedDict[str, RequestTrace] = OrderedDict()
         self._num_tokens = 0
+        self._starts: list[int] = []
+        self._coming: dict[str, torch.Tensor] = {}  # what is known of the step's chains, on its way to the host
         self._chains: _Chains | None = None
 
     def begin_step(self) -> None:
-        self._chains = None
+        self._coming, self._chains = {}, None
+
+    def _note(self, **values: torch.Tensor) -> None:
+        """They are there with the step's tokens, for which vLLM waits."""
+        self._coming |= {name: value.to("cpu", non_blocking=True) for name, value in values.items()}
 
     def note_drafts(self, draft_ids: torch.Tensor, num_drafted: Sequence[int]) -> None:
         """What was drafted for the step's requests: `draft_ids [num_drafted]`, flat over requests."""
-        self._chains = _Chains([0, *np.cumsum(num_drafted).tolist()], draft_ids.tolist())
+        self._starts = [0, *np.cumsum(num_drafted).tolist()]
+        self._note(draft_ids=draft_ids)
 
     def note_choices(
         self,
@@ -112,28 +121,28 @@ class Traces:
         relevance: torch.Tensor | None,
         queries: torch.Tensor | None,
         pages: VisualPages | None,
+        visuals: Sequence[int],
         own: Sequence[np.ndarray],
         gather: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        """What the verifier has seen of them. `own`: for each request, which of its visual tokens' features this rank
-        holds; `gather` joins float tensors of all ranks along the first dimension."""
-        chains = self._chains
-        assert chains is not None
-        chains.target_ids = choices.target_ids.tolist()
+        """What the verifier has seen of them. `visuals`: `pages.starts` on the host; `own`: for each request, which of
+        its visual tokens' features this rank holds; `gather` joins float tensors of all ranks along the first
+        dimension."""
+        self._note(target_ids=choices.target_ids)
         if relevance is None or queries is None or pages is None:
             return
-        chains.relevance = relevance.tolist()
-        cosines, places = closest(queries, choices.starts, pages, NUM_CLOSEST)
+        self._note(relevance=relevance)
+        cosines, places = closest(queries, self._starts, pages, visuals, NUM_CLOSEST)
         for r, mine in enumerate(own):
-            rows = slice(chains.starts[r], chains.starts[r + 1])
-            if len(mine):
-                names = torch.from_numpy(mine).to(places.device)[places[rows].clamp(min=0)]
-                places[rows] = torch.where(places[rows] < 0, -1, names)
+            rows = slice(self._starts[r], self._starts[r + 1])
+            if len(mine) and rows.start < rows.stop:
+                (names,) = upload([mine], places.device)
+                places[rows] = torch.where(places[rows] < 0, -1, names[places[rows].clamp(min=0)])
         # Numbers of visual tokens are exact in float32, which is what vLLM's own kernels on CPUs can gather.
         every = gather(torch.stack([cosines, places.float()], dim=-1)[None])
         values, names = every.transpose(0, 1).flatten(1, 2).unbind(-1)
         best = values.topk(NUM_CLOSEST, dim=1)
-        chains.closest = names.gather(1, best.indices).long().tolist(), best.values.tolist()
+        self._note(closest=names.gather(1, best.indices).long(), cosines=best.values)
 
     def request(self, req_id: str, make: Callable[[], RequestTrace]) -> RequestTrace:
         """The request's trace; a new one where there is none, or a finished one of another request of that name."""
@@ -163,22 +172,25 @@ class Traces:
 
     def _chain_of(self, row: int, rules: RequestRules) -> list[dict[str, Any]]:
         """What `TracedToken` says of each of the request's drafted tokens."""
-        chains = self._chains
-        if chains is None:
+        if not self._coming:
             return []
+        if self._chains is None:
+            self._chains = _Chains(self._starts, **{name: value.tolist() for name, value in self._coming.items()})
+        chains = self._chains
         places = range(chains.starts[row], chains.starts[row + 1])
         chain: list[dict[str, Any]] = [{"draft_id": chains.draft_ids[p]} for p in places]
         if chains.target_ids is not None:
             for known, p in zip(chain, places, strict=True):
                 known["target_id"] = chains.target_ids[p]
-        if rules.is_strict or chains.relevance is None or chains.closest is None or not rules.uses_relevance:
+        if rules.is_strict or chains.relevance is None or not rules.uses_relevance:
             return chain
+        assert chains.closest is not None and chains.cosines is not None
         length = self._length([chains.draft_ids[p] for p in places], rules)
         relevance = [chains.relevance[p] for p in places[:length]]
         num_fillers = POLICIES[rules.policy].num_fillers(rules.relaxation, length)
         anchors = anchors_of(relevance, num_fillers, self._threshold)
         for known, p, value, is_anchor in zip(chain, places, relevance, anchors, strict=False):
-            pairs = zip(chains.closest[0][p], chains.closest[1][p], strict=True)
+            pairs = zip(chains.closest[p], chains.cosines[p], strict=True)
             known |= {
                 "relevance": None if math.isnan(value) else value,
                 "is_anchor": is_anchor,

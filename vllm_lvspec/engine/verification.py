@@ -81,6 +81,7 @@ class Batch:
     rules: Sequence[RequestRules]
     queries: torch.Tensor | None  # [num_drafted, width], None where nobody's policy asks for relevance
     pages: VisualPages | None
+    visuals: Sequence[int]  # `pages.starts`, on the host
     places: torch.Tensor  # [num_drafted]
 
 
@@ -123,8 +124,8 @@ class Verification:
         self._states: torch.Tensor | None = None
         self._embeddings: torch.Tensor | None = None
         self._values: torch.Tensor | None = None  # of vLLM's cache, where these are compared
-        # Of the last batch: its requests, where their visual tokens stand, where each request's begin.
-        self._visual: tuple[tuple, torch.Tensor, torch.Tensor] | None = None
+        # Of the last batch: its requests, where their visual tokens stand, where each request's begin, and on the host.
+        self._visual: tuple[tuple, torch.Tensor, torch.Tensor, Sequence[int]] | None = None
         self._reasons: torch.Tensor | None = None  # of the step's tokens, on the host
         self.traces: Traces | None = None
         self._rules: Sequence[RequestRules] = ()  # by which the batch's drafts are verified
@@ -404,8 +405,9 @@ class Verification:
         places = self.runner.positions[rows] + 1
         asking = [is_loose and r.uses_relevance for r, is_loose in zip(rules, loose, strict=True)]
         if not any(asking):
-            return Batch(rules, None, None, places)
-        return Batch(rules, self._states_of(rows + self.source.reads), self._pages_of(req_ids, asking), places)
+            return Batch(rules, None, None, (), places)
+        pages, visuals = self._pages_of(req_ids, asking)
+        return Batch(rules, self._states_of(rows + self.source.reads), pages, visuals, places)
 
     def _states_of(self, rows: torch.Tensor) -> torch.Tensor:
         """States `[num_rows, width]` that are compared, of these rows (int64) of the step's batch."""
@@ -458,18 +460,21 @@ class Verification:
 
     # Relevance ----------------------------------------------------------------------------------------------------
 
-    def _pages_of(self, req_ids: Sequence[str], asking: Sequence[bool]) -> VisualPages:
-        """Positions change only with the batch, block tables with every block: those are the runner's own."""
+    def _pages_of(self, req_ids: Sequence[str], asking: Sequence[bool]) -> tuple[VisualPages, Sequence[int]]:
+        """And where each request's visual tokens begin, on the host.
+
+        Positions change only with the batch, block tables with every block: those are the runner's own."""
         key = tuple(req_id if asks else "" for req_id, asks in zip(req_ids, asking, strict=True))
         stored = self._stored()
         if self._visual is None or self._visual[0] != key:
             nothing = torch.zeros(0, dtype=torch.int32, device=stored.device)
             own = [self._requests[req_id].own if req_id else nothing for req_id in key]
-            (starts,) = upload([np.cumsum([0, *map(len, own)], dtype=np.int32)], stored.device)
-            self._visual = key, torch.cat(own), starts
-        _, positions, starts = self._visual
+            visuals = np.cumsum([0, *map(len, own)], dtype=np.int32)
+            (starts,) = upload([visuals], stored.device)
+            self._visual = key, torch.cat(own), starts, visuals.tolist()
+        _, positions, starts, begins = self._visual
         table = self.runner.input_batch.block_table[0].get_device_tensor(len(req_ids))
-        return VisualPages(stored, table, positions, starts)
+        return VisualPages(stored, table, positions, starts), begins
 
     @_timed
     def accept(self, choices: Choices, batch: Batch, max_drafted: int) -> torch.Tensor:
@@ -482,7 +487,8 @@ class Verification:
         self._reasons = accepted.reasons.to("cpu", non_blocking=True)
         if self.traces is not None:
             own = [self._own(req_id) for req_id in self.runner.input_batch.req_ids]
-            self.traces.note_choices(choices, relevance, batch.queries, batch.pages, own, self.verifier.gather)
+            gather = self.verifier.gather
+            self.traces.note_choices(choices, relevance, batch.queries, batch.pages, batch.visuals, own, gather)
         return accepted.token_ids
 
     # Counting -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -11,16 +13,16 @@ FEATURES_AT_ONCE = 4096  # a long video's are not copied all at once
 
 
 def closest(
-    queries: torch.Tensor, query_starts: torch.Tensor, pages: VisualPages, count: int
+    queries: torch.Tensor, starts: Sequence[int], pages: VisualPages, visuals: Sequence[int], count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` largest cosines of every query with its request's features, and with which of them.
 
-    `queries`, `query_starts` as for `top_cosines`. Cosines float32 and indices int64, counted among the request's
-    positions, both `[num_queries, count]`, on the device; -inf and -1 where there are fewer features.
+    `queries` as for `top_cosines`; `starts`: its `query_starts`, and `visuals`: `pages.starts`, on the host, so that it
+    need not wait. Cosines float32 and indices int64, counted among the request's positions, are both
+    `[num_queries, count]`, on the device; -inf and -1 where there are fewer features.
     """
     cosines = torch.full((len(queries), count), float("-inf"), device=queries.device)
     indices = torch.full((len(queries), count), -1, dtype=torch.int64, device=queries.device)
-    starts, visuals = query_starts.tolist(), pages.starts.tolist()
     block_size = pages.features.shape[1]
     for r in range(len(starts) - 1):
         rows, positions = slice(starts[r], starts[r + 1]), pages.positions[visuals[r] : visuals[r + 1]].long()
