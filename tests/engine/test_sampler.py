@@ -140,6 +140,19 @@ def test_outputs_are_those_of_vllm(mode, settings, logprobs, monkeypatch):
                 np.testing.assert_array_equal(column, other)
 
 
+@pytest.mark.parametrize("frequency", [0.4, 4.0])
+def test_penalties_ask_for_no_draft_on_the_host(frequency):
+    drafts, logits = random_drafts(random.Random(3), 9, 5)
+    drafts[-1], drafts[-2] = [7, 7, 7, 3, 7], [5] * len(drafts[-2])  # what is said twice is punished twice
+    sampling = metadata_of(drafts, **{**PENALTIES, "frequency": frequency}, logprobs=2)
+    want = RejectionSampler(Sampler("processed_logits"))(layout_of(drafts), None, logits.clone(), sampling)
+    sampling.spec_token_ids = [[-1] * len(draft) for draft in drafts]
+    found = ours("processed_logits")(layout_of(drafts), None, logits.clone(), sampling)
+    assert torch.equal(found.sampled_token_ids, want.sampled_token_ids)
+    is_token = want.sampled_token_ids.flatten() >= 0
+    assert torch.equal(found.logprobs_tensors.logprobs[is_token], want.logprobs_tensors.logprobs[is_token])
+
+
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +195,7 @@ def test_logits_take_no_more_than_is_planned_for_them(dtype, logprobs, settings,
     def alone() -> None:  # what vLLM takes for the requests' own tokens
         rows = logits()
         own = rows[metadata.bonus_logits_indices]
-        tested.sampler(own, replace(sampling, max_num_logprobs=-1), True, "raw_logits")
+        Sampler()(own, replace(sampling, max_num_logprobs=-1, no_penalties=True), True, "raw_logits")
 
     run()  # what is made once
     assert peak_of(run) < 1.04 * max(BYTES_PER_LOGIT * num_rows * LARGE_VOCAB, peak_of(alone))

@@ -61,8 +61,9 @@ class SteeredDrafter:
     def set_length(self, length: int) -> None:
         self._length = length
 
-    def _start_as_far(self, requests: Sequence[Any], most: int) -> Drafts:
-        return self._start(requests, min(most, self._length))  # of none it still hears what was refused
+    def _start_as_far(self, requests: Sequence[Any], most: int, num_prefilling: int) -> Drafts:
+        # Of none it still hears what was refused.
+        return self._start(requests, min(most, self._length), num_prefilling)
 
 
 def ways(lengths: Sequence[int]) -> dict[str, Way]:

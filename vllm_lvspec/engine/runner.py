@@ -17,6 +17,7 @@ from vllm.forward_context import BatchDescriptor
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput, SamplerOutput
+from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -152,10 +153,19 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             spec_decode_metadata = None
         if spec_decode_metadata is not None:
             self.rejection_sampler.batch = self.verification.batch(spec_decode_metadata)
-            if self.input_batch.sampling_metadata.output_token_ids:  # penalties and the like look at tokens on the host
+            if self._looks_at_drafts(self.input_batch.sampling_metadata):
                 self.drafter.finish()
                 self.drafter.placeholders.fill_lists(self.input_batch.req_ids, self.input_batch.spec_token_ids)
         return super()._sample(logits, spec_decode_metadata)
+
+    def _looks_at_drafts(self, sampling_metadata: SamplingMetadata) -> bool:
+        """Whether sampling wants drafted tokens on the host: bad words and the like do, penalties don't."""
+        if not sampling_metadata.output_token_ids:
+            return False
+        holder = sampling_metadata.thinking_budget_state_holder
+        is_thinking = holder is not None and holder.has_tracked_requests()
+        words = bool(sampling_metadata.bad_words_token_ids)
+        return words or is_thinking or self.input_batch.logitsprocs_need_output_token_ids
 
     def _prepare_input_ids(
         self,
