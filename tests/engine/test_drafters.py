@@ -272,7 +272,7 @@ def test_two_ranks_draft_as_far_by_the_clock_of_one(engines, oracle):
     # Whether it pays hangs on the machine, so that a first part is drafted for whether or not.
     engine.llm.collective_rpc(draft_whether_it_pays_or_not, args=(True,))
     requests = generate_requests(QWEN, count, seed=2)
-    got = engine.run(requests[:14], (8, 1, 5))
+    got = engine.run(requests[:20], (8, 1, 5))
     stats = engine.stats()  # asserts that the ranks agree
     assert stats["drafted_tokens"] > 0 == stats["skipped_cost"]
     first, second = engine.llm.collective_rpc(costs_of)
@@ -283,7 +283,7 @@ def test_two_ranks_draft_as_far_by_the_clock_of_one(engines, oracle):
     assert first == second and {part for part, _ in first} == {"target", "first", "draft"}
     engine.llm.collective_rpc(draft_whether_it_pays_or_not, args=(False,))
     drafted = stats["drafted_tokens"]
-    got += engine.run(requests[14:], (8, 1, 5))
+    got += engine.run(requests[20:], (8, 1, 5))
     stats = engine.stats()
     assert stats["drafted_tokens"] + stats["skipped_cost"] > drafted
     assert stats["pages_free"] == stats["pages_total"]
