@@ -14,6 +14,7 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 from vllm.platforms import current_platform
 from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops import topk_topp_sampler
@@ -167,9 +168,8 @@ def peak_of(run: Any) -> int:
 @pytest.fixture
 def _in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """As GPUs' kernel cuts what is not among the likely ones; on CPUs vLLM sorts all."""
-    for module in (topk_topp_sampler, sampler):
-        monkeypatch.setattr(module, "apply_top_k_top_p", lambda logits, k, p: logits, raising=False)
-    monkeypatch.setattr("vllm.v1.sample.rejection_sampler.apply_top_k_top_p", lambda logits, k, p: logits)
+    for module in (topk_topp_sampler, rejection_sampler):
+        monkeypatch.setattr(module, "apply_top_k_top_p", lambda logits, k, p: logits)
 
 
 @pytest.mark.usefixtures("_in_place")

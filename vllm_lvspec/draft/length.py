@@ -462,14 +462,14 @@ class DraftPlan:
         """Seconds that this step takes."""
         return self._drafted + self._verified
 
-    # What a forward costs by its number of rows, without contexts: it is asked for every token, if any is drafted.
+    # What a forward costs by its number of rows: it is asked for every token, if any is drafted.
     @functools.cached_property
     def _draft(self) -> np.ndarray:
         return self.costs.of_draft(np.arange(len(self.rates) + 1))
 
     @functools.cached_property
     def _target(self) -> tuple[np.ndarray, tuple[np.ndarray, float] | None]:
-        """And its bounds."""
+        """With all contexts, and its bounds."""
         rows = np.arange(self.load.num_requests + len(self.rates) * self.max_length + 1)
         bounds = self.costs.bounds(self.load, rows, self.max_length)
         return self.costs.of_target(rows, self.load.target_context), bounds

@@ -81,7 +81,7 @@ def verify_rows(
     drafts = [[0] * length] * (num_rows // (1 + length))
     rest = num_rows - len(drafts) * (1 + length)
     drafts += [[0] * (rest - 1)] if rest > 1 else []
-    num_requests, most = len(drafts), vocab_size - 1
+    num_requests = len(drafts)
 
     def each(value: float) -> torch.Tensor:
         return torch.full((num_requests,), value, device=device)
@@ -91,7 +91,7 @@ def verify_rows(
         all_greedy=False,
         all_random=False,
         top_p=each(0.9),
-        top_k=each(most),
+        top_k=each(vocab_size - 1),
         generators={},
         max_num_logprobs=None,
         logprob_token_ids=None,

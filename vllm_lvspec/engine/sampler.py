@@ -36,6 +36,7 @@ class _Emitted:
 
     def __init__(self, drafts: SpecDecodeMetadata, sampling_metadata: SamplingMetadata):
         self.num_drafted = sum(drafts.num_draft_tokens)
+        self.needs_lists = bool(sampling_metadata.bad_words_token_ids)  # of all that was said before a drafted token
         self._drafts = drafts
         self._sampling = sampling_metadata
         self._before: tuple[torch.Tensor, ...] | None = None
@@ -105,8 +106,6 @@ class LVSpecRejectionSampler(RejectionSampler):
         super().__init__(own, spec_config, device)
         self.verification = verification
         self.batch: Batch | None = None  # of the step that is sampled; vLLM's profile run has none
-        self._emitted: _Emitted | None = None
-        self._needs_lists = False  # of all that was said before a token
 
     def forward(
         self,
@@ -116,19 +115,18 @@ class LVSpecRejectionSampler(RejectionSampler):
         sampling_metadata: SamplingMetadata,
     ) -> SamplerOutput:
         batch, self.batch = self.batch, None
-        self._emitted = self.sampler.emitted = _Emitted(metadata, sampling_metadata)
-        self._needs_lists = bool(sampling_metadata.bad_words_token_ids)
+        self.sampler.emitted = _Emitted(metadata, sampling_metadata)
         try:
             if batch is None:
                 return super().forward(metadata, draft_probs, logits, sampling_metadata)
             return self._loose(batch, metadata, draft_probs, logits, sampling_metadata)
         finally:
-            self._emitted = self.sampler.emitted = None
+            self.sampler.emitted = None
 
     def _combine_outputs_with_spec_tokens(  # type: ignore[override]
         self, output_token_ids: list[list[int]], spec_token_ids: list[list[int]] | None = None
     ) -> list[list[int]]:
-        if not self._needs_lists:
+        if not self.sampler.emitted.needs_lists:
             return output_token_ids
         return super()._combine_outputs_with_spec_tokens(output_token_ids, spec_token_ids)
 
@@ -141,8 +139,7 @@ class LVSpecRejectionSampler(RejectionSampler):
         output_token_ids: list[list[int]],
     ) -> torch.Tensor:
         if not sampling_metadata.no_penalties:
-            assert self._emitted is not None
-            self._emitted.penalize(logits, 0)
+            self.sampler.emitted.penalize(logits, 0)
         return logits
 
     def _get_logprobs_tensors(

@@ -463,7 +463,8 @@ class Verification:
     def _pages_of(self, req_ids: Sequence[str], asking: Sequence[bool]) -> tuple[VisualPages, Sequence[int]]:
         """And where each request's visual tokens begin, on the host.
 
-        Positions change only with the batch, block tables with every block: those are the runner's own."""
+        Positions change only with the batch, block tables with every block: those are the runner's own.
+        """
         key = tuple(req_id if asks else "" for req_id, asks in zip(req_ids, asking, strict=True))
         stored = self._stored()
         if self._visual is None or self._visual[0] != key:
