@@ -31,13 +31,15 @@ class VisualPages:
     `features [num_blocks, block_size, num_heads, head_size]` in float32, float16 or bfloat16, of any strides but for
     the last, which is 1 (a feature is all of a token's heads; states have one); `block_table [num_requests,
     max_blocks]` int32; `positions [num_visual]` int32: places of each request's visual tokens in its sequence, one
-    request after another; `starts [num_requests + 1]` int32: where each request's begin in `positions`.
+    request after another; `starts [num_requests + 1]` int32: where each request's begin in `positions`. `num_shares`:
+    ranks that have as many tokens of each request.
     """
 
     features: torch.Tensor
     block_table: torch.Tensor
     positions: torch.Tensor
     starts: torch.Tensor
+    num_shares: int = 1
 
 
 @triton.jit(do_not_specialize=["num_queries"])
@@ -233,6 +235,8 @@ def launch_top_cosines(
     num_tiles = len(table) * triton.cdiv(max_queries, block_q)
     if num_splits is None:
         num_splits = FEW_SPLITS if num_tiles * FEW_SPLITS >= FULL_GPU else MANY_SPLITS
+        # What all ranks find goes to each of them, and together they have as many tokens as one would have.
+        num_splits = max(1, num_splits // triton.next_power_of_2(pages.num_shares))
     tops = torch.full((num_splits, num_queries, top), float("-inf"), dtype=torch.float32, device=queries.device)
     if not num_queries:
         return tops

@@ -59,14 +59,14 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             parameter.normal_(0, std, generator=generator)
 
 
-def qwen2_5_vl(path: Path, seed: int = 0, vocab_size: int = VOCAB, heads: int = 2) -> str:
+def qwen2_5_vl(path: Path, seed: int = 0, vocab_size: int = VOCAB, heads: int = 2, vision_mlp: int = 64) -> str:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     tokenizer = bundled_tokenizer()
     shape = dict(
         vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=heads,
         num_key_value_heads=heads, mrope_section=[4, 6, 6] if heads == 2 else [2, 3, 3],
-        vision=dict(depth=1, hidden_size=64, intermediate_size=64, num_heads=2),
+        vision=dict(depth=1, hidden_size=64, intermediate_size=vision_mlp, num_heads=2),
     )  # fmt: skip
     config = build_config(shape, tokenizer)
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = False

@@ -290,9 +290,9 @@ def bench_growth(
     family: Family = "qwen2_5_vl",
     policy: Annotated[str, typer.Option(help="of the verifier, for what is accepted")] = "lvspec",
     targets: Annotated[
-        str, typer.Option(help="shapes at whose cost the target runs, maybe quantised: own, 0.5b, 32b, 72b:fp8")
+        str, typer.Option(help="shapes at whose cost the target runs, maybe quantised: own, 0.5b, 32b, 72b:mxfp4")
     ] = "0.5b",
-    drafters: Annotated[str, typer.Option(help="and those of drafters: own, 3b, 7b:fp8")] = "own",
+    drafters: Annotated[str, typer.Option(help="and those of drafters: own, 3b, 7b:mxfp4")] = "own",
     spec_tokens: Annotated[str, typer.Option(help="values of K")] = "5,10,15",
     videos: Annotated[
         str, typer.Option(help="frames x height x width; all but the first with one request and the shortest answer")

@@ -35,8 +35,9 @@ def engines(checkpoint: Callable[..., str]) -> Iterator[Callable[..., Engine]]:
             bundled = PAIRS[family.checkpoint]
             running[key] = Engine(str(bundled.target), str(bundled.draft), **{"max_model_len": 1024, **options})
             return running[key]
-        # Drafters and targets of other seeds have other padded vocabularies, too.
-        padded = {1: {"vocab_size": 1536}, 4: {"vocab_size": 1600}}
+        # Drafters and targets of other seeds have other padded vocabularies, too, or a visual encoder that two ranks
+        # can't share.
+        padded = {1: {"vocab_size": 1536}, 4: {"vocab_size": 1600}, 5: {"vision_mlp": 63}}
         path = None
         if drafter is not None:
             path = checkpoint(family.checkpoint, seed=drafter, **padded.get(drafter, {}))

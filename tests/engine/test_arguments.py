@@ -383,6 +383,24 @@ def test_the_drafter_has_kernels_of_its_own_and_those_that_the_user_asks_for(pai
         assert found == [of_target, of_drafter]
 
 
+def test_a_visual_encoder_that_ranks_can_not_share_is_whole_on_each(checkpoint, pair):
+    """As those of Qwen2.5-VL's 3B and 7B over 8 ranks, of whose targets all can be split."""
+    odd = checkpoint("qwen2_5_vl", seed=5, vision_mlp=63)
+    for drafter, size, expected in ((pair[1], 2, "weights"), (odd, 1, "weights"), (odd, 2, "data")):
+        args = EngineArgs(
+            model=pair[0], dtype="float32", speculative_config=f"lvspec:{drafter}", tensor_parallel_size=size
+        )
+        theirs = config_of(args)
+        ours = draft_vllm_config(theirs, draft_model_config(theirs.model_config, lvspec_config(theirs)))
+        modes = [config.model_config.multimodal_config.mm_encoder_tp_mode for config in (theirs, ours)]
+        assert modes == ["weights", expected]
+    draft = draft_model_config(theirs.model_config, lvspec_config(theirs))
+    draft._model_info = replace(draft._model_info, supports_multimodal_encoder_tp_data=False)
+    match = "tensor_parallel_size=2: the visual encoder .* has intermediate_size=63, which 2 ranks .* or self"
+    with pytest.raises(LVSpecConfigError, match=match):
+        draft_vllm_config(theirs, draft)
+
+
 def test_a_drafter_whose_heads_do_not_divide_is_refused(checkpoint, pair):
     target = checkpoint("qwen2_5_vl", heads=4)
     assert_refused(

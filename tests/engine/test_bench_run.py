@@ -192,5 +192,5 @@ def test_what_vllm_refuses_ends_a_run_with_its_words(tmp_path, monkeypatch):
         engine_arguments={"max_model_len": 10**6},
         alone=False,
     )
-    with pytest.raises(growth.BenchError, match=r"max_model_len \(1000000\)"):
+    with pytest.raises(growth.BenchError, match=r"not measured: own ← own: .*max_model_len \(1000000\)"):
         growth.run_growth(options, Console(quiet=True))

@@ -9,6 +9,7 @@ import torch
 from replays import Replays
 from vllm import SamplingParams
 from vllm.config import CompilationConfig, CUDAGraphMode
+from vllm.distributed import get_tp_group
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.worker import workspace
@@ -40,13 +41,14 @@ def model(engines, monkeypatch):
 def test_padded_replays_draft_what_forwards_draft(model, engines, monkeypatch):
     engine = engines(QWEN, pair=True, lvspec={"num_speculative_tokens": 6})
     write = prompt_writer(engine.llm)
-    inputs = [write(sample) for sample in videofacts(6, 77, ("question", "choice"))]
+    samples = [*videofacts(6, 77, ("question", "choice")), *videofacts(2, 78, ("caption",))]
+    inputs = [write(sample) for sample in samples]
 
     def ask() -> tuple[list[Any], float, int]:
         accepted = engine.metric("spec_decode_num_accepted_tokens")
         drafted = engine.stats()["drafted_tokens"]
         answers = []
-        for first, end in ((0, 1), (1, 4), (4, 12)):
+        for first, end in ((0, 1), (1, 4), (4, 12), (12, 14)):
             found = engine.llm.generate(inputs[first:end], SamplingParams(temperature=0, max_tokens=40), use_tqdm=False)
             answers += [output.outputs[0].token_ids for output in found]
         more = engine.metric("spec_decode_num_accepted_tokens") - accepted
@@ -60,8 +62,9 @@ def test_padded_replays_draft_what_forwards_draft(model, engines, monkeypatch):
     monkeypatch.setattr(model, "graphs", graphs)
     assert ask() == want
     assert want[1] > 0.3 * want[2] > 50
-    # Eight requests at once have none, three and two are padded; a draft that was accepted whole leaves two tokens.
-    assert set(graphs.num_rows) == {(1, 1), (4, 1), (6, 1), (1, 2), (4, 2), (6, 2)}
+    # Eight requests at once have none, three and two are padded; a draft that was accepted whole leaves two tokens, and
+    # of one that was not, the rest is tried again where one or two requests are left.
+    assert set(graphs.num_rows) == {(1, 1), (4, 1), (6, 1), (1, 2), (4, 2), (6, 2), (1, 6), (2, 6)}
 
 
 def test_what_kernels_share_may_grow_while_graphs_are_recorded_and_not_behind_it(monkeypatch):
@@ -146,7 +149,7 @@ def test_graphs_that_compute_something_else_are_not_used(model, warnings):
 
     assert not Stale(model, sizes=(1, 2)).record()
     assert warnings == [
-        "lvspec: the drafter's CUDA graphs of 2 x 2, 1 x 2, 2 x 1, 1 x 1 tokens compute something else."
+        "lvspec: the drafter's CUDA graphs of 2 x 6, 1 x 6, 2 x 2, 1 x 2, 2 x 1, 1 x 1 tokens compute something else."
     ]
 
 
@@ -171,6 +174,32 @@ def test_no_rank_uses_graphs_that_another_one_could_not_record(model):
     assert asked == [True] * 3
 
 
+@pytest.mark.parametrize("all_fail", [True, False])
+def test_where_some_ranks_alone_can_record_graphs_all_stop_with_what_to_do(all_fail, model, monkeypatch, warnings):
+    """What they have recorded would be exchanged, and must be the same."""
+    exchanged: Any = SimpleNamespace(disabled=False)
+    monkeypatch.setattr(get_tp_group(), "device_communicator", SimpleNamespace(ca_comm=exchanged))
+
+    class Broken(Replays):
+        def _replay(self, batch, metadata):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    votes: list[bool] = []
+
+    def agreed(fine: bool) -> bool:
+        """Of two ranks, of which the other one fails where all do."""
+        votes.append(fine)
+        return fine if len(votes) == 1 or all_fail else False
+
+    if all_fail:
+        assert not Broken(model, sizes=(1,)).record(agreed)
+    else:
+        with pytest.raises(RuntimeError, match=r"some ranks could record .* --enforce-eager, would be right"):
+            Broken(model, sizes=(1,)).record(agreed)
+    assert votes == [True, False, True]
+    assert exchanged.disabled is not all_fail
+
+
 def test_a_model_whose_graphs_are_of_no_use_goes_back_to_forwards(model, monkeypatch):
     config = copy.copy(model.vllm_config)
     config.compilation_config = copy.deepcopy(config.compilation_config)
@@ -186,19 +215,33 @@ def test_a_model_whose_graphs_are_of_no_use_goes_back_to_forwards(model, monkeyp
     assert model.group.get_metadata_builder() is not builder
 
 
-def test_where_two_tokens_of_a_request_fail_one_of_each_is_recorded_all_the_same(model, monkeypatch):
+@pytest.mark.parametrize("takes_several", [True, False])
+def test_where_several_tokens_of_a_request_fail_one_of_each_is_recorded_all_the_same(takes_several, model, monkeypatch):
     tried = []
+    monkeypatch.setattr(decode_graphs, "_takes_several", lambda model: takes_several)
     monkeypatch.setattr(model, "_wants_graphs", True)
     monkeypatch.setattr(model, "graphs", None)
 
     def record(graphs, agreed) -> bool:
-        tried.append(graphs.most_tokens)
+        tried.append((graphs.most_tokens, graphs.whole_chains))
         return graphs.most_tokens == 1
 
     monkeypatch.setattr(DecodeGraphs, "record", record)
     model.record_graphs()
-    assert tried == [2, 1]
+    assert tried == ([(2, True), (2, False), (1, False)] if takes_several else [(1, False)])
     assert model.graphs.most_tokens == model.tokens_at_once == 1
+    assert model.chain_tokens(1, 3, 6) is None
+
+
+def test_drafts_are_tried_again_in_the_smallest_graph_that_holds_what_is_left_of_them(model, monkeypatch):
+    monkeypatch.setattr(model, "graphs", None)
+    assert model.chain_tokens(2, 4, 6) == 4 and model.chain_tokens(2, 4, 3) == 3
+    monkeypatch.setattr(model, "graphs", DecodeGraphs(model))
+    assert [model.chain_tokens(num, 2, 6) for num in (1, 2, 3, 9)] == [2, 2, 2, None]
+    assert [model.chain_tokens(num, 3, 6) for num in (1, 2, 3)] == [6, 6, 2]  # no more than two have the large one
+    assert [model.chain_tokens(1, 5, most) for most in (6, 5, 2, 1)] == [6, 2, 2, None]
+    monkeypatch.setattr(model, "num_speculative_tokens", 40)
+    assert DecodeGraphs(model).chain_tokens(2, 30, 40) == 16
 
 
 class Backend:

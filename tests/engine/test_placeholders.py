@@ -34,7 +34,7 @@ def drafts_of(lengths: list[int], rng: np.random.Generator) -> Drafts:
     order = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
     made = Drafts(list(lengths), [[] for _ in lengths])
     if order:
-        made.drafted = [Drafted(i, RequestHistory(), frozenset()) for i in order]
+        made.drafted = [Drafted(i, 0, RequestHistory(), frozenset()) for i in order]
         made.members = [np.arange(sum(length > n for length in lengths)) for n in range(max(lengths))]
         made.token_ids = torch.from_numpy(rng.integers(1000, size=(max(lengths), len(order))))
         for column, i in enumerate(order):

@@ -8,7 +8,7 @@ from workload import QWEN, generate_requests, token_ids
 def test_two_ranks_give_what_one_gives(engines, oracle):
     count = 27
     want = oracle(QWEN, count, 2)
-    engine = engines(QWEN, drafter=1, tensor_parallel_size=2)
+    engine = engines(QWEN, drafter=5, tensor_parallel_size=2)
     got = engine.run(generate_requests(QWEN, count, seed=2), (8, 1, 5))
     assert token_ids(got) == token_ids(want)
     stats = engine.stats()  # asserts that the ranks agree

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,6 +111,12 @@ def test_ranks_that_hold_a_share_each_find_together_what_one_finds_alone(launch,
             tops.append(top_cosines_reference(queries, starts, share, 10))
     joined = (launch_mean_of_top if launch else mean_of_top_reference)(torch.cat(tops), 10)
     assert torch.allclose(joined, whole, atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_shares", "expected"), [(1, 128), (2, 64), (3, 32), (8, 16), (200, 1)])
+def test_ranks_that_share_a_requests_tokens_cut_them_into_as_many_parts_together(num_shares, expected, device):
+    queries, starts, pages = make_batch([2], [40], 1, 16, 16, torch.float32, device)
+    assert launch_top_cosines(queries, starts, replace(pages, num_shares=num_shares), 3, 2).shape[0] == expected
 
 
 @pytest.mark.parametrize("find", [launched, in_torch])

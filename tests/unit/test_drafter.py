@@ -35,15 +35,23 @@ def digest(values: list) -> int:
 class SlotModel:
     """Its next token is a hash of all (token, position, visual value) in the request's cache, read through the block
     table: whatever is stale, missing or in the wrong order changes it. So is the token's probability, unless
-    `confidence` says it."""
+    `confidence` says it. With a few `words` alone drafts are often what was left of earlier ones."""
 
     copies = False
     device = torch.device("cpu")
 
     def __init__(
-        self, num_pages=1000, page_size=4, max_batch_tokens=1000, max_model_len=200, confidence=None, tokens_at_once=1
+        self,
+        num_pages=1000,
+        page_size=4,
+        max_batch_tokens=1000,
+        max_model_len=200,
+        confidence=None,
+        tokens_at_once=1,
+        words=VOCAB,
     ):
         self.tokens_at_once = tokens_at_once
+        self.words = words
         self.pool = PagePool(num_pages, page_size)
         self.max_batch_tokens = max_batch_tokens
         self.max_model_len = max_model_len
@@ -68,6 +76,9 @@ class SlotModel:
     def copy(self, target_slots, slots):
         raise AssertionError("this model computes everything")
 
+    def chain_tokens(self, num_requests, num_tokens, most):
+        return min(num_tokens, most)
+
     def forward(self, batch, with_probs=False):
         self.batches.append(batch)
         self.asked_for_probs.append(with_probs)
@@ -91,10 +102,13 @@ class SlotModel:
             value = next(values) if mask[i] else None
             self.slots[slot] = (int(batch.token_ids[i]), tuple(batch.positions[:, i].tolist()), value)
         tokens, probs = [], []
-        for pages, length in zip(batch.block_table.tolist(), batch.seq_lens.tolist(), strict=True):
-            entries = self.read(pages, length)
-            tokens.append(self.next_token(entries))
-            probs.append(self.confidence(entries))
+        for pages, length, count in zip(
+            batch.block_table.tolist(), batch.seq_lens.tolist(), lens.tolist(), strict=True
+        ):
+            for end in range(length - count + 1 if batch.asks_all else length, length + 1):
+                entries = self.read(pages, end)
+                tokens.append(self.next_token(entries, self.words))
+                probs.append(self.confidence(entries))
         return NextTokens(torch.tensor(tokens), torch.tensor(probs) if with_probs else None)
 
     def read(self, pages, length):
@@ -102,8 +116,8 @@ class SlotModel:
         return [self.slots[pages[e // size] * size + e % size] for e in range(length)]
 
     @staticmethod
-    def next_token(entries) -> int:
-        return digest(entries) % VOCAB
+    def next_token(entries, words=VOCAB) -> int:
+        return digest(entries) % words
 
     @staticmethod
     def random_prob(entries) -> float:
@@ -246,14 +260,19 @@ def kept_tokens(request: DraftRequest, ratio=0.5, strategy="uniform", scores=Non
 
 
 def oracle(
-    request: DraftRequest, k: int, kept: set[int] | None = None, copies: bool = False, sees_tokens: bool = True
+    request: DraftRequest,
+    k: int,
+    kept: set[int] | None = None,
+    copies: bool = False,
+    sees_tokens: bool = True,
+    words: int = VOCAB,
 ) -> list[int]:
     """The drafts of a fresh cache, up to the first token that ends the request where one may look."""
     kept = kept_tokens(request) if kept is None else kept
     tokens = request.token_ids.tolist()
     drafts = []
     for _ in range(k):
-        drafts.append(SlotModel.next_token(expected_entries(request, kept, tokens + drafts, copies)))
+        drafts.append(SlotModel.next_token(expected_entries(request, kept, tokens + drafts, copies), words))
         if sees_tokens and drafts[-1] in request.ends:
             break
     return drafts
@@ -296,6 +315,7 @@ def run_history(data, copies: bool, adaptive: bool) -> None:
         "page_size": data.draw(st.sampled_from([1, 3, 16])),
         "max_batch_tokens": data.draw(st.sampled_from([4, 7, 400])),  # at least one per request, as in vLLM
         "num_pages": data.draw(st.sampled_from([30, 1000])),
+        "words": data.draw(st.sampled_from([2, VOCAB])),
     }
     at_once = 1 if copies else data.draw(st.sampled_from([1, 2, 3]))
     model = CopyingModel(target, **options) if copies else SlotModel(**options, tokens_at_once=at_once)
@@ -306,7 +326,7 @@ def run_history(data, copies: bool, adaptive: bool) -> None:
             make_request(str(i), items=data.draw(st.sampled_from([(), ((3, 8),), ((2, 5), (9, 6))]))),
             ends=frozenset(range(i, VOCAB, 4)) if data.draw(st.booleans()) else frozenset(),
         )
-        for i in range(data.draw(st.integers(1, 4)))
+        for i in range(data.draw(st.sampled_from([1, 1, 2, 2, 4])))
     }
     cached = dict.fromkeys(requests, 0)  # tokens of the sequence that are right in the drafter's cache
     for _ in range(data.draw(st.integers(1, 7))):
@@ -324,7 +344,8 @@ def run_history(data, copies: bool, adaptive: bool) -> None:
         copied, computed = [], 0
         for name, draft in drafts.items():
             request = requests[name]
-            fresh = oracle(request, k, copies=copies, sees_tokens=adaptive or drafter.sees_tokens)
+            looks = adaptive or drafter.sees_tokens
+            fresh = oracle(request, k, copies=copies, sees_tokens=looks, words=options["words"])
             assert draft == (fresh[: len(draft)] if adaptive else fresh if draft else [])
             if draft:
                 kept, newest = kept_tokens(request), len(request.token_ids) - 1
@@ -334,6 +355,8 @@ def run_history(data, copies: bool, adaptive: bool) -> None:
                 cached[name] = newest if copies else newest + len(draft)
         # Where several tokens are read at once, some are read again so that all requests have as many.
         most_again = (at_once - 1) * sum(len(batch.seq_lens) for batch in model.batches)
+        # And what was left of earlier drafts is read in vain where it is not drafted again.
+        most_again += sum(len(batch.token_ids) for batch in model.batches if batch.asks_all)
         assert computed <= model.num_computed - num_computed <= computed + most_again
         if copies:
             assert sorted(model.copied) == sorted(copied)
@@ -394,6 +417,127 @@ def test_nothing_waits_for_the_device_until_all_drafts_are_launched(monkeypatch,
 @given(st.data())
 def test_drafts_are_those_of_a_fresh_cache_whatever_was_accepted_before(data):
     run_history(data, copies=False, adaptive=False)
+
+
+class Reciting(SlotModel):
+    """Says the same at a place whatever was said before it, so that it always drafts what was left of a draft."""
+
+    chain: int | None = None  # tokens of a request that are read at once, where it must be so many, or none at all
+
+    @staticmethod
+    def next_token(entries, words=VOCAB):
+        return 7 * entries[-1][1][0] % words
+
+    def chain_tokens(self, num_requests, num_tokens, most):
+        return min(num_tokens, most) if self.chain is None else self.chain or None
+
+
+def rejected(request: DraftRequest, draft: list[int], num_accepted: int = 1) -> DraftRequest:
+    """Behind another token than the drafted one."""
+    return extended(request, [*draft[:num_accepted], (draft[num_accepted] + 1) % VOCAB], len(draft))
+
+
+def fixed_drafter(model: SlotModel) -> ProposingDrafter:
+    return ProposingDrafter(model, STRATEGIES["uniform"], 0.5, 10**6)
+
+
+@pytest.mark.parametrize("chain", [None, 4, 6, 8, 0])
+@pytest.mark.parametrize("num_requests", [1, 2, 3])
+def test_what_is_left_of_a_draft_is_drafted_again_in_one_forward(num_requests, chain):
+    model = Reciting()
+    model.chain = chain
+    drafter = fixed_drafter(model)
+    requests = [make_request(str(i), prompt_len=20 + i) for i in range(num_requests)]
+    drafts = drafter.propose(requests, 8)
+    # Of the last one two tokens were accepted, so that less is left of its draft.
+    requests = [rejected(r, d, 1 + (r is requests[-1])) for r, d in zip(requests, drafts, strict=True)]
+    model.batches.clear()
+    before = drafter.counts.copy()
+    again = drafter.propose(requests, 8)
+    counted = drafter.counts - before
+    tried = num_requests < 3 and chain != 0
+    num_left = min(5, chain - 1) if chain else 5
+    expected = []
+    for request in requests:
+        start = len(request.token_ids) - 1 + 5
+        expected.append([7 * place % VOCAB for place in range(start, start + 8)])
+    assert again == expected
+    assert counted["recalled_tokens"] == (num_left * num_requests if tried else 0)
+    assert counted["forwards"] == (8 - num_left if tried else 8) == len(model.batches)
+    assert model.batches[0].asks_all == tried
+    # Behind what was drafted again the cache is as it would have been.
+    requests = [extended(r, [*d, 1], 8) for r, d in zip(requests, again, strict=True)]
+    model.batches.clear()
+    drafter.propose(requests, 8)
+    assert model.batches[0].query_starts.diff().tolist() == [2] * num_requests
+
+
+def test_nothing_is_tried_again_where_no_draft_was_cut_or_all_was_left_behind():
+    model = Reciting()
+    drafter = fixed_drafter(model)
+    request = make_request(max_draft=100)
+    (draft,) = drafter.propose([request], 6)
+    accepted = extended(request, [*draft, 3], 6)
+    (draft,) = drafter.propose([accepted], 6)
+    last = rejected(accepted, draft, 5)  # of which nothing is left
+    (draft,) = drafter.propose([last], 6)
+    elsewhere = extended(rejected(last, draft), [4, 5], 0)  # steps without drafts
+    (draft,) = drafter.propose([elsewhere], 6)
+    cut = rejected(elsewhere, draft, 1)
+    drafter.propose([replace(cut, max_draft_tokens=1)], 6)  # no room for a second token
+    drafter.propose([replace(cut, req_id="new")], 6)
+    drafter.release("a")
+    drafter.propose([cut], 6)  # after it was preempted
+    drafter.recalls = False
+    drafter.propose([rejected(cut, drafter._histories["a"].draft)], 6)
+    assert drafter.counts["recalled_tokens"] == 0
+    assert not any(batch.asks_all for batch in model.batches)
+
+
+def test_what_is_never_drafted_again_is_tried_less_and_less_where_trying_costs_something():
+    model = SlotModel(max_model_len=5000)
+    drafter = fixed_drafter(model)
+    free, dear = (StepCosts([1, 8], [1.0, 1.0], [0.1, 0.1 * (1 + 7 * more)]) for more in (0, 0.06))
+    tried = {}
+    request = make_request(max_draft=10**6)
+    for name, costs in (("free", free), ("dear", dear)):
+        drafter.costs = costs
+        model.batches.clear()
+        for _ in range(120):
+            (draft,) = drafter.propose([request], 8)
+            request = rejected(request, draft, 0)
+        tried[name] = sum(batch.asks_all for batch in model.batches)
+    assert tried["free"] > 110
+    assert 0 < tried["dear"] < 20
+
+
+def test_drafts_that_end_where_they_no_longer_pay_are_drafted_again_likewise():
+    model = Reciting(confidence=lambda entries: 0.99)
+    drafter = make_drafter(model, costs=StepCosts([1, 100], [1.0, 1.0], [0.001, 0.001]))
+    request = make_request()
+    (draft,) = drafter.propose([request], 8)
+    assert len(draft) == 8
+    model.batches.clear()
+    (again,) = drafter.propose([rejected(request, draft)], 8)
+    assert len(again) == 8 and len(model.batches) == 2 and drafter.counts["recalled_tokens"] == 6
+    assert len(drafter._histories["a"].confidences) == 8
+
+
+def test_the_host_waits_once_to_learn_what_is_drafted_again():
+    class Ahead(AheadModel, Reciting):
+        pass
+
+    drafter = fixed_drafter(Ahead())
+    drafter.sees_tokens = False
+    Unread.log = []
+    request = make_request()
+    (draft,) = drafter.propose([request], 5)
+    Unread.log = []
+    started = drafter.start([rejected(request, draft)], 5)
+    assert Unread.log == ["forward", "read", "forward"]
+    assert started.lengths == [5]
+    drafter.finish(started)
+    assert Unread.log == ["forward", "read", "forward", "read"]
 
 
 def test_requests_are_read_as_many_tokens_of_each_where_that_costs_nothing():

@@ -96,6 +96,9 @@ class Measured(StrictModel):
     target: str = Field(description="shape, and quantisation behind a colon")
     drafter: str = Field(description="likewise; `own`: the bundled drafter as it is")
     draft_gib: float = Field(description="the drafter's weights per rank, as loaded")
+    draft_graphs: bool | None = Field(
+        None, description="whether the drafter's steps were CUDA graphs; null where that was not looked at"
+    )
     accepted: dict[int, Accepted] = Field(description="by K")
     points: list[Point]
 
@@ -127,7 +130,7 @@ class GrowthReport(StrictModel):
 
 
 class Model(NamedTuple):
-    """What a text model costs: `32b`, `72b:fp8`, `own`."""
+    """What a text model costs: `32b`, `72b:mxfp4`, `own`."""
 
     shape: str | None
     quantization: str | None
@@ -140,7 +143,8 @@ class Model(NamedTuple):
         """Raises BenchError, which names the option `key`."""
         shape, _, quantization = text.partition(":")
         if shape != "own" and shape not in TEXT_SHAPES:
-            raise BenchError(f"{key}={text!r}: must be own or one of {', '.join(TEXT_SHAPES)}, maybe with :fp8 behind")
+            shapes = ", ".join(TEXT_SHAPES)
+            raise BenchError(f"{key}={text!r}: must be own or one of {shapes}, maybe with :mxfp4 or the like behind")
         return cls(None if shape == "own" else shape, quantization or None)
 
 
@@ -198,7 +202,8 @@ class _Place:
 def run_growth(options: GrowthOptions, console: Console, command: Sequence[str] = ()) -> GrowthReport:
     """Measure, write JSON and plots, show a table. Raises ValueError for an option that can't work.
 
-    The file is written anew behind every engine; once `minutes` have passed, no further one is started.
+    File and plots are written anew behind every engine; once `minutes` have passed, no further one is started. Where
+    one fails, the others are measured before that is raised.
     """
     _check(options)
     here = environment(command)
@@ -220,6 +225,7 @@ def run_growth(options: GrowthOptions, console: Console, command: Sequence[str] 
     )
     options.json_path.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
+    failed: list[str] = []
     for target in options.targets:
         alone: dict[tuple[Size, int, int], float] = {}
         for number, drafter in enumerate(options.drafters):
@@ -230,12 +236,20 @@ def run_growth(options: GrowthOptions, console: Console, command: Sequence[str] 
                 console.print(f"{target}: vLLM without this package ...")
                 alone = _in_own_process(_measure_alone, options, target)
             console.print(f"{target} ← {drafter} ...")
-            measured = _in_own_process(_measure, options, target, drafter, alone)
+            try:
+                measured = _in_own_process(_measure, options, target, drafter, alone)
+            except Exception as error:  # whatever one model can't do
+                failed.append(f"{target} ← {drafter}: {' '.join(str(error).split()) or type(error).__name__}")
+                console.print(failed[-1], markup=False)
+                continue
             report.measured.append(measured)
             options.json_path.write_text(report.model_dump_json(indent=1) + "\n")
+            plot(report, options.json_path.with_suffix(".png"))
             console.print(*tables(measured), sep="\n")
-    plot(report, options.json_path.with_suffix(".png"))
-    console.print(f"written: {options.json_path}, {options.json_path.with_suffix('.png')}")
+    if report.measured:
+        console.print(f"written: {options.json_path}, {options.json_path.with_suffix('.png')}")
+    if failed:
+        raise BenchError(f"not measured: {'; '.join(failed)}")
     return report
 
 
@@ -349,6 +363,8 @@ def _measure(
         steered = SteeredDrafter(llm)
         steered.drafter.is_adaptive, steered.drafter.costs = False, None
         accepted = _accepted(llm, steered, options)
+        # What is left of drafts hangs on what is said, which further on means nothing.
+        steered.drafter.recalls = False
         points = []
         for place in _places(options):
             walked = _walk(llm, place, options, steered)
@@ -371,6 +387,7 @@ def _measure(
             target=str(target),
             drafter=str(drafter),
             draft_gib=steered.drafter.model.num_weight_bytes / 2**30,
+            draft_graphs=steered.drafter.model.graphs is not None,
             accepted=accepted,
             points=points,
         )

@@ -17,7 +17,8 @@ class DraftBatch:
     `token_ids [num_tokens]` int64, `positions [dims, num_tokens]` int64, `slots [num_tokens]` int64, `query_starts
     [num_rows + 1]` int32, `seq_lens [num_rows]` int32 (both also on the host), `block_table [num_rows, max_pages]`
     int32. `visual_mask [num_tokens]` (bool, on the host) marks the tokens that `visual` (rows in order) replaces; None
-    where there is none.
+    where there is none. `asks_all`: for what comes behind every token, and not behind each request's last one alone.
+    `is_text`: all dimensions of `positions` are the same.
     """
 
     token_ids: torch.Tensor
@@ -32,6 +33,8 @@ class DraftBatch:
     max_seq_len: int
     visual_mask: torch.Tensor | None = None
     visual: list[torch.Tensor] = field(default_factory=list)
+    asks_all: bool = False
+    is_text: bool = False
 
     def rows(self, rows: np.ndarray) -> DraftBatch:
         """Requests `rows` (ascending) of a batch with one token each."""
@@ -46,6 +49,7 @@ class DraftBatch:
             block_table=take_rows(self.block_table, rows),
             max_query_len=1,
             max_seq_len=self.max_seq_len,
+            is_text=self.is_text,
         )
 
 

@@ -21,6 +21,7 @@ from vllm_lvspec.device import Clock, pinned, upload
 from vllm_lvspec.draft.batch import DraftBatch, take_rows
 from vllm_lvspec.draft.drafts import Drafted, Drafts
 from vllm_lvspec.draft.embeddings import EmbeddingCache, KeptEmbeddings
+from vllm_lvspec.draft.leftover import left_of
 from vllm_lvspec.draft.length import (
     PROMPT_MARGIN,
     Acceptance,
@@ -31,6 +32,7 @@ from vllm_lvspec.draft.length import (
     Load,
     Refusal,
     RequestHistory,
+    RunningMean,
     StepCosts,
     expected_tokens,
     seconds_saved,
@@ -41,13 +43,22 @@ from vllm_lvspec.kernels.advance_decode import advance_decode
 
 # What is left of the most requests of a step after another one: a burst is expected again for some hundred steps.
 _MOST_LEFT = 0.998
-# What is counted: requests and tokens drafted for, forwards of the model, requests that could not be drafted for in a
+# Of no more requests at once it is tried whether what is left of their last drafts is drafted again: a forward is
+# spared where all of them draft one token or more of it.
+MOST_RECALLING = 2
+# What is left of how many forwards that spares, while it is not tried; and tries that the past consists of, before
+# which so many have spared one.
+_RECALL_FADING = 0.98
+_RECALLS = 64.0
+_FIRST_RECALLS = 8.0
+# What is counted: requests and tokens drafted for, forwards of the model, tokens that were drafted without one because
+# they were left of the draft before, requests that could not be drafted for in a
 # step because no room was left in their length, no page in the pool, their visual embeddings can't be had, or because
 # drafting would not have paid or the target's logits have no room; and videos of which the strategy did not know what
 # it looks at.
 COUNTS = (
-    "drafted_requests", "drafted_tokens", "forwards", "prefills", "skipped_length", "skipped_pool_full",
-    "skipped_embeddings", "skipped_cost", "pruned_uniformly",
+    "drafted_requests", "drafted_tokens", "forwards", "recalled_tokens", "prefills", "skipped_length",
+    "skipped_pool_full", "skipped_embeddings", "skipped_cost", "pruned_uniformly",
 )  # fmt: skip
 
 
@@ -100,6 +111,10 @@ class NextTokens(NamedTuple):
     token_ids: torch.Tensor
     probs: torch.Tensor | None
 
+    def rows(self, rows: np.ndarray) -> NextTokens:
+        """`rows` (ascending) of them."""
+        return NextTokens(take_rows(self.token_ids, rows), None if self.probs is None else take_rows(self.probs, rows))
+
 
 class DraftModel(Protocol):
     """What the drafter asks of a model and its KV cache.
@@ -118,6 +133,11 @@ class DraftModel(Protocol):
         """How many tokens of each request, as many of all, it reads in no more time than one."""
         ...
 
+    def chain_tokens(self, num_requests: int, num_tokens: int, most: int) -> int | None:
+        """How many tokens of each request, at `most`, it reads at once where `num_tokens` are there to be read; None
+        where it rather reads one after another. More have something behind them that means nothing."""
+        ...
+
     def prompt_positions(self, prompt: Any, num_prompt_tokens: int) -> tuple[torch.Tensor, int]:
         """Positions of the whole prompt `[dims, num_prompt_tokens]`, and what is added to the index of later ones."""
         ...
@@ -127,7 +147,7 @@ class DraftModel(Protocol):
         ...
 
     def forward(self, batch: DraftBatch, with_probs: bool = False) -> NextTokens:
-        """Write the batch into the cache; the next token of each request."""
+        """Write the batch into the cache; the next token of each request, or behind each token of the batch."""
         ...
 
     def copy(self, target_slots: torch.Tensor, slots: torch.Tensor) -> None:
@@ -185,6 +205,8 @@ class Drafter:
         self.chains = FixedChains()
         self.answers = Answers()
         self.corrections = Corrections()
+        self.recalls = True  # what is left of drafts
+        self._recalled = RunningMean(_RECALLS, 1.0, _FIRST_RECALLS)  # tokens that a try has spared forwards of
         self._most_lately = 0.0  # requests that went on behind a step
         self.refusal: Refusal | None = None  # to draft, while it stands
         self.clock = Clock(model.device)
@@ -276,7 +298,10 @@ class Drafter:
             names = {request.req_id for request in chosen}
             others = [request for request in batch if request.req_id not in names]
             plan = self._plan(chosen, others, num_speculative_tokens, most_rows)
-        drafts.drafted = [Drafted(i, self._histories[requests[i].req_id], requests[i].ends) for _, i in ready]
+        drafts.drafted = [
+            Drafted(i, len(request.token_ids), self._histories[request.req_id], request.ends)
+            for request, (_, i) in zip(chosen, ready, strict=True)
+        ]
         self._draft(drafts, chosen, [length for length, _ in ready], plan)
         self.counts["drafted_requests"] += len(ready)
         self.counts["drafted_tokens"] += sum(drafts.lengths)
@@ -297,6 +322,7 @@ class Drafter:
             draft = drafts.tokens[drafted.request]
             until_end = (count for count, token in enumerate(draft, 1) if token in drafted.ends)
             drafted.history.num_until_end = next(until_end, None)
+            drafted.history.draft, drafted.history.drafted_behind = draft, drafted.num_tokens
 
     # How far ------------------------------------------------------------------------------------------------------
 
@@ -591,12 +617,16 @@ class Drafter:
         sequences = [self.sequences[r.req_id] for r in requests]
         drafts.begin = self.clock.mark()
         drafts.reads_prompts = any(s.num_cached < len(s.kept) - 1 for s in sequences)
-        first = self._catch_up(requests, plan is not None)
+        guesses = self._guesses(requests, lengths) if self.recalls else None
+        if guesses is None:
+            at_hand = [self._catch_up(requests, plan is not None)]
+        else:
+            at_hand = self._recall(requests, sequences, guesses, plan is not None)
         drafts.caught_up = self.clock.mark()
-        drafted = [first]
+        newest, batch = at_hand[0], None
+        drafted = [newest]
         active = np.arange(len(requests))
         drafts.members = [active]
-        newest, batch = first, None
         costs = self._costs_now(len(requests), len(requests)) if self.costs is not None else None
         contexts = self._contexts(requests)[1]
         if costs is not None:
@@ -609,22 +639,27 @@ class Drafter:
                 going_on = plan.going_on(going_on) if len(going_on) and step >= self.least_length else going_on
             if not len(going_on):
                 break
-            stays = np.searchsorted(active, going_on)
-            token_ids = take_rows(newest.token_ids, stays)
-            if batch is None:
-                batch = self._decode_batch([requests[i] for i in going_on], [sequences[i] for i in going_on], token_ids)
+            if step < len(at_hand):
+                newest = at_hand[step].rows(going_on)
+                self.counts["recalled_tokens"] += len(going_on)
             else:
-                batch = batch.rows(stays)
-                batch.token_ids = token_ids
-                batch.max_seq_len += 1
-                batch.seq_lens_cpu = batch.seq_lens_cpu + 1
-                advance_decode(
-                    batch.positions, batch.seq_lens, batch.slots, batch.block_table, self.model.pool.page_size
-                )
+                stays = np.searchsorted(active, going_on)
+                token_ids = take_rows(newest.token_ids, stays)
+                if batch is None:
+                    staying = [requests[i] for i in going_on], [sequences[i] for i in going_on]
+                    batch = self._decode_batch(*staying, token_ids, num_ahead=step - 1)
+                else:
+                    batch = batch.rows(stays)
+                    batch.token_ids = token_ids
+                    batch.max_seq_len += 1
+                    batch.seq_lens_cpu = batch.seq_lens_cpu + 1
+                    advance_decode(
+                        batch.positions, batch.seq_lens, batch.slots, batch.block_table, self.model.pool.page_size
+                    )
+                newest = self.model.forward(batch, plan is not None)
+                self.counts["forwards"] += 1
             active = going_on
-            newest = self.model.forward(batch, plan is not None)
-            self.counts["forwards"] += 1
-            if costs is not None:
+            if costs is not None:  # as if there were nothing to recall, so that corrections know what that spares
                 self.foretold_further += float(costs.of_draft(len(active), contexts[active].sum()))
             drafted.append(newest)
             drafts.members.append(active)
@@ -657,6 +692,62 @@ class Drafter:
             history.confidences = [*history.confidences, probs[row]]
             factors[row] = history.factor
         return np.clip(self.acceptance.chances(probs) * factors, 0, 1)
+
+    def _guesses(self, requests: list[DraftRequest], lengths: list[int]) -> np.ndarray | None:
+        """What is left of the last drafts of `requests`, int64 `[num_requests, num_guessed]`, and -1 where that is
+        less; None where it would not pay to ask what of it is drafted again."""
+        if len(requests) > MOST_RECALLING:
+            return None
+        found = []
+        for request in requests:
+            history, sequence = self._histories[request.req_id], self.sequences[request.req_id]
+            num_missing = len(request.token_ids) - sequence.num_hidden - sequence.num_cached
+            if num_missing > 1 and not self.model.copies:
+                return None
+            left = left_of(history.draft, request.token_ids[history.drafted_behind :].tolist())
+            if not left:
+                return None
+            found.append(left)
+        num = len(requests)
+        # For a draft's last token there is no page.
+        each = self.model.chain_tokens(num, 1 + max(map(len, found)), lengths[-1])
+        if each is None or each < 2 or num * each > self.model.max_batch_tokens:
+            return None
+        if self.costs is not None:
+            price = self.costs.of_draft(num * each) - self.costs.of_draft(num)
+            if self._recalled.mean * self.costs.of_draft(num) <= price:
+                self._recalled.fade(_RECALL_FADING)
+                return None
+        guesses = np.full((num, each - 1), -1)
+        for row, left in zip(guesses, found, strict=True):
+            row[: len(left)] = left[: each - 1]
+        return guesses
+
+    def _recall(
+        self, requests: list[DraftRequest], sequences: list[DraftSequence], guesses: np.ndarray, with_probs: bool
+    ) -> list[NextTokens]:
+        """The first drafted tokens, and further ones while these are what was guessed for all `requests`.
+
+        How many that are the host must know, and waits for it: no longer than for one forward.
+        """
+        if self.model.copies:
+            self._copy(requests, sequences)
+        newest = np.array([[request.token_ids[-1]] for request in requests], dtype=np.int64)
+        tokens = np.concatenate([newest, np.maximum(guesses, 0)], axis=1)
+        batch = self._decode_batch(requests, sequences, tokens.flatten(), tokens.shape[1])
+        batch.asks_all = True
+        found = self.model.forward(batch, with_probs)
+        self.counts["forwards"] += 1
+        for sequence in sequences:
+            sequence.num_cached += 1
+        on_host = found.token_ids.to("cpu", non_blocking=True)
+        self.clock.wait(self.clock.mark())
+        drafted = on_host.view(tokens.shape).numpy()
+        num_right = int((drafted[:, :-1] == guesses).cumprod(axis=1).sum(axis=1).min())
+        self._recalled.note(num_right)
+        ids, probs = (None if values is None else values.view(tokens.shape) for values in found)
+        assert ids is not None
+        return [NextTokens(ids[:, i], None if probs is None else probs[:, i]) for i in range(num_right + 1)]
 
     def _catch_up(self, requests: list[DraftRequest], with_probs: bool) -> NextTokens:
         """Put all tokens that are not cached yet into the cache; the first drafted tokens.
@@ -767,14 +858,21 @@ class Drafter:
         return batch
 
     def _decode_batch(
-        self, requests: list[DraftRequest], sequences: list[DraftSequence], tokens: torch.Tensor
+        self,
+        requests: list[DraftRequest],
+        sequences: list[DraftSequence],
+        tokens: np.ndarray | torch.Tensor,
+        each: int = 1,
+        num_ahead: int = 0,
     ) -> DraftBatch:
-        """One drafted token per request, right after what is cached."""
-        places = np.array([len(r.token_ids) + self._prompts[r.req_id].delta for r in requests], dtype=np.int64)
+        """As many `tokens` of `each` request, behind all that `sequences` know to be cached and `num_ahead` more."""
+        entries = [s.num_cached + num_ahead + np.arange(each) for s in sequences]
+        deltas = [s.num_hidden + self._prompts[r.req_id].delta for r, s in zip(requests, sequences, strict=True)]
+        places = np.concatenate([e + delta for e, delta in zip(entries, deltas, strict=True)])
         dims = len(self._prompts[requests[0].req_id].positions)
-        slots = np.concatenate([self._slots(s, np.array([s.num_cached])) for s in sequences])
-        ends = [s.num_cached + 1 for s in sequences]
-        return self._batch(np.tile(places, (dims, 1)), slots, [1] * len(sequences), ends, sequences, tokens)
+        slots = np.concatenate([self._slots(s, e) for s, e in zip(sequences, entries, strict=True)])
+        ends = [s.num_cached + num_ahead + each for s in sequences]
+        return self._batch(np.tile(places, (dims, 1)), slots, [each] * len(sequences), ends, sequences, tokens)
 
     def _batch(
         self,
@@ -802,6 +900,7 @@ class Drafter:
             block_table=there[4],
             max_query_len=max(lens),
             max_seq_len=max(ends),
+            is_text=bool((positions == positions[:1]).all()),
         )
 
     def _slots(self, sequence: DraftSequence, entries: np.ndarray) -> np.ndarray:

@@ -13,9 +13,11 @@ from vllm_lvspec.draft.length import RequestHistory
 
 @dataclass(frozen=True)
 class Drafted:
-    """A request that is drafted for: which of the step's, what is learned of it, and the tokens that end it."""
+    """A request that is drafted for: which of the step's, how many tokens it has, what is learned of it, and the tokens
+    that end it."""
 
     request: int
+    num_tokens: int
     history: RequestHistory
     ends: frozenset[int]
 

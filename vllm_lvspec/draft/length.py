@@ -361,6 +361,9 @@ class RequestHistory:
     confidences: Sequence[float] = field(default_factory=list)
     num_tokens: int = 0
     num_until_end: int | None = None  # its tokens up to the first that would end the answer
+    # The newest draft, and behind how many of the request's tokens it was made.
+    draft: Sequence[int] = ()
+    drafted_behind: int = 0
 
     @property
     def factor(self) -> float:

@@ -82,6 +82,7 @@ def draft_model_config(target: ModelConfig, config: LVSpecConfig) -> ModelConfig
 
 def draft_vllm_config(vllm_config: VllmConfig, draft: ModelConfig) -> VllmConfig:
     """The configuration that `draft` is built from. Raises LVSpecConfigError where vLLM refuses it."""
+    _fit_encoder(draft, vllm_config.parallel_config.tensor_parallel_size)
     # vLLM writes into the parts of a configuration when it is made; the target must not see that.
     cache = copy.deepcopy(vllm_config.cache_config)
     cache.kv_cache_layout = cache.sliding_window = cache.num_gpu_blocks_override = cache.skip_page_size_padded = None
@@ -275,8 +276,27 @@ def _check_heads(vllm_config: VllmConfig, draft: ModelConfig) -> None:
         _require(
             fits,
             f"tensor_parallel_size={size}: the drafter {draft.model!r} has {name}={heads}, which {size} ranks can't "
-            f"share; must be a divisor of {heads}",
+            f"share; must be a divisor of {heads}, or model another drafter, or self",
         )
+
+
+def _fit_encoder(draft: ModelConfig, num_ranks: int) -> None:
+    """Have each rank encode some of the drafter's items whole, where its visual encoder can't be split over so many.
+
+    Qwen2.5-VL's of 3B and 7B can't over 8 ranks, and that of 32B and 72B can. Raises LVSpecConfigError for models that
+    vLLM can only split.
+    """
+    vision = getattr(draft.hf_config, "vision_config", None)
+    for name in ("num_heads", "num_attention_heads", "intermediate_size"):
+        size = getattr(vision, name, None)
+        if not isinstance(size, int) or size % num_ranks == 0 or draft.multimodal_config.mm_encoder_tp_mode == "data":
+            continue
+        _require(
+            draft._model_info.supports_multimodal_encoder_tp_data,
+            f"tensor_parallel_size={num_ranks}: the visual encoder of the drafter {draft.model!r} has {name}={size}, "
+            f"which {num_ranks} ranks can't share; must be a divisor of {size}, or model another drafter, or self",
+        )
+        draft.multimodal_config.mm_encoder_tp_mode = "data"
 
 
 def _check_quantization(vllm_config: VllmConfig, draft: ModelConfig, config: LVSpecConfig) -> None:

@@ -3,7 +3,8 @@
 A drafter of 7B reads its weights in a few milliseconds, in which the host can hardly launch the kernels of a forward
 one by one; smaller ones wait for the host most of the time. vLLM's own graphs are the target's: they belong to its
 configuration and its batches. These are the drafter's, over batches in which every request has one token, or two: of
-a draft that was accepted to its end, the last token has not been read when the target's comes behind it.
+a draft that was accepted to its end, the last token has not been read when the target's comes behind it. For the few
+requests whose last drafts are tried again there are graphs of a whole draft's tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from vllm.compilation.cudagraph_pool import capture_pool
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.distributed.parallel_state import graph_capture
+from vllm.distributed.parallel_state import get_tp_group, graph_capture
 from vllm.logger import init_logger
 from vllm.model_executor.offloader.base import get_offloader
 from vllm.platforms import current_platform
@@ -33,6 +34,7 @@ from vllm.v1.worker.workspace import (
 )
 
 from vllm_lvspec.draft.batch import DraftBatch
+from vllm_lvspec.draft.drafter import MOST_RECALLING
 
 if TYPE_CHECKING:
     from vllm_lvspec.engine.draft_model import VLLMDraftModel
@@ -41,6 +43,7 @@ logger = init_logger("vllm.lvspec")
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # requests; of more a forward is long enough to be launched in time
 MOST_TOKENS = 2  # of each request
+MOST_CHAIN_TOKENS = 16  # likewise, where drafts are tried again
 PLANS_ON_HOST = ("FLASHINFER",)  # backends whose plan of a step would overwrite that of one still running
 _NUM_WARM_UP = 2
 _PADDING_SLOT = -1  # vLLM writes nothing there
@@ -101,20 +104,33 @@ class DecodeGraphs:
     """Graphs of a drafter's forward, up to its last hidden states, by number of requests and tokens of each.
 
     Those of as many tokens read one set of inputs, into which a batch is copied; requests behind it are padding, which
-    is written nowhere. `most_tokens`: of each request.
+    is written nowhere. `most_tokens`: of each request; `whole_chains`: of a few requests as many as drafts have, too.
     """
 
-    def __init__(self, model: VLLMDraftModel, sizes: Sequence[int] = SIZES, most_tokens: int = MOST_TOKENS):
+    def __init__(
+        self,
+        model: VLLMDraftModel,
+        sizes: Sequence[int] = SIZES,
+        most_tokens: int = MOST_TOKENS,
+        whole_chains: bool = True,
+    ):
         most = model.vllm_config.scheduler_config.max_num_seqs
         self.sizes = sorted({min(size, most) for size in sizes})
-        self.most_tokens = most_tokens if _takes_several(model) else 1
+        takes_several = _takes_several(model)
+        self.most_tokens = most_tokens if takes_several else 1
+        self._sizes = dict.fromkeys(range(1, self.most_tokens + 1), self.sizes)  # by tokens of each request
+        chain = min(model.num_speculative_tokens, MOST_CHAIN_TOKENS, model.max_model_len // 2)
+        self.whole_chains = whole_chains and takes_several and chain > self.most_tokens
+        if self.whole_chains:
+            self._sizes[chain] = sorted({min(size, most) for size in range(1, MOST_RECALLING + 1)})
         self._model = model
         self._graphs: dict[Shape, Replay] = {}
+        self._different: list[Shape] = []  # of those, which compute something else
         self._pool: Any = None  # of memory, which all share: the largest comes first, and no two run at once
         self._inputs: dict[Shape, DraftBatch] = {}
-        for tokens in range(self.most_tokens, 0, -1):
-            inputs = self._padding(self.sizes[-1], tokens)
-            self._inputs |= {(size, tokens): _first_requests(inputs, size, tokens) for size in reversed(self.sizes)}
+        for tokens, sizes in sorted(self._sizes.items(), key=lambda pair: -pair[0] * pair[1][-1]):
+            inputs = self._padding(sizes[-1], tokens)
+            self._inputs |= {(size, tokens): _first_requests(inputs, size, tokens) for size in reversed(sizes)}
 
     def _padding(self, num_requests: int, tokens: int) -> DraftBatch:
         """A batch of requests with so many tokens each, with room for the longest."""
@@ -129,18 +145,28 @@ class DecodeGraphs:
     def record(self, agreed: Callable[[bool], bool] = bool) -> bool:
         """Record all sizes and try them; whether they do what the model does, by `agreed` on all ranks.
 
-        Where one rank can't go on, all stop at the next of three places; they must not wait for each other in between.
+        Where none can go on, all stop at the next of three places; they must not wait for each other in between. Raises
+        RuntimeError on all ranks where only some can.
         """
         with self._recording():
-            if not agreed(self._succeeds(self._warm_up)) or not agreed(self._succeeds(self._record)):
-                return False
-        differing = [shape for shape in self._inputs if not self._does_the_same(*shape)]
-        if differing:
-            logger.warning(
-                "lvspec: the drafter's CUDA graphs of %s tokens compute something else.",
-                ", ".join(f"{size} x {tokens}" for size, tokens in differing),
-            )
-        return agreed(not differing)
+            for step in (self._warm_up, self._record):
+                if not self._all_or_none(self._succeeds(step), agreed):
+                    return False
+        return agreed(self._succeeds(self._try) and not self._differing())
+
+    def _all_or_none(self, fine: bool, agreed: Callable[[bool], bool]) -> bool:
+        if agreed(fine):
+            return True
+        if agreed(not fine):
+            return False
+        # Ranks would tell each other where the sums are that they have recorded, and not all have recorded the same.
+        communicator = getattr(get_tp_group().device_communicator, "ca_comm", None)
+        if communicator is not None:
+            communicator.disabled = True
+        raise RuntimeError(
+            "lvspec: some ranks could record the drafter's CUDA graphs and others could not, which say why; the same "
+            "on all ranks, or --enforce-eager, would be right"
+        )
 
     def _succeeds(self, step: Callable[[Shape], Any]) -> bool:
         """With every shape, the largest first: what it leaves of the pool the others take."""
@@ -151,6 +177,18 @@ class DecodeGraphs:
             logger.warning("lvspec: the drafter's steps can't be recorded as CUDA graphs: %r", error)
             return False
         return True
+
+    def _try(self, shape: Shape) -> None:
+        if not self._does_the_same(*shape):
+            self._different.append(shape)
+
+    def _differing(self) -> bool:
+        if self._different:
+            logger.warning(
+                "lvspec: the drafter's CUDA graphs of %s tokens compute something else.",
+                ", ".join(f"{size} x {tokens}" for size, tokens in self._different),
+            )
+        return bool(self._different)
 
     def _warm_up(self, shape: Shape) -> None:
         """Compile and choose kernels; then again, where waiting for the device, which no graph can, is an error."""
@@ -227,17 +265,25 @@ class DecodeGraphs:
             block_table=table.to(device),
         )
 
+    def chain_tokens(self, num_requests: int, num_tokens: int, most: int) -> int | None:
+        """Tokens of each request, at `most`, of a graph for so many, into which `num_tokens` of each go; or, where none
+        is large enough, of the largest."""
+        found = [tokens for tokens, sizes in self._sizes.items() if 1 < tokens <= most and num_requests <= sizes[-1]]
+        fits = [tokens for tokens in found if tokens >= num_tokens]
+        return min(fits) if fits else max(found, default=None)
+
     def hidden(self, batch: DraftBatch) -> torch.Tensor | None:
         """The batch's last hidden states `[num_tokens, hidden_size]`, to be read before the next ones are asked for.
 
-        None for batches that no graph is for: of too many requests, of different or too many tokens, or visual ones.
+        None for batches that no graph is for: of too many requests, of different or too many tokens, or no text.
         """
         num_requests, num_tokens, tokens = len(batch.seq_lens), len(batch.token_ids), batch.max_query_len
-        if tokens > self.most_tokens or num_tokens != tokens * num_requests:
+        sizes = self._sizes.get(tokens)
+        if sizes is None or num_requests > sizes[-1] or num_tokens != tokens * num_requests:
             return None
-        if batch.visual or num_requests > self.sizes[-1]:
+        if batch.visual or (self._model.uses_mrope and not batch.is_text):
             return None
-        size = self.sizes[bisect_left(self.sizes, num_requests)]
+        size = sizes[bisect_left(sizes, num_requests)]
         inputs = self._inputs[size, tokens]
         inputs.token_ids[:num_tokens].copy_(batch.token_ids)
         inputs.positions[:, :num_tokens].copy_(batch.positions)

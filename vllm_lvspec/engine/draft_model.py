@@ -46,6 +46,7 @@ from vllm_lvspec.engine.decode_graphs import (
 )
 from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
 from vllm_lvspec.engine.memory import default_cache_bytes, device_memory, least_of_ranks
+from vllm_lvspec.engine.rotary import give_text_rotary
 from vllm_lvspec.kernels.advance_decode import advance_decode
 
 logger = init_logger("vllm.lvspec")
@@ -66,6 +67,7 @@ class VLLMDraftModel:
     model: Any
     graphs: DecodeGraphs | None = None  # of its decode steps
     _wants_graphs = False
+    _has_text_rotary = False  # for positions of one dimension
     # Whether the backend's plan of a step is written where that of the one before may not have been copied from.
     _plans_on_host = False
     _planned: torch.cuda.Event | None = None
@@ -74,12 +76,14 @@ class VLLMDraftModel:
 
     def __init__(self, vllm_config: VllmConfig, config: LVSpecConfig, device: torch.device):
         model_config = draft_model_config(vllm_config.model_config, config)
-        self._prepare(draft_vllm_config(vllm_config, model_config), vllm_config.model_config, device)
+        self._prepare(draft_vllm_config(vllm_config, model_config), vllm_config.model_config, config, device)
         self._wants_graphs = has_graphs(vllm_config, device)
         if self.vllm_config.kernel_config.ir_op_priority != vllm_config.kernel_config.ir_op_priority:
             self._kernels = self._own_kernels
         try:
             self.model = get_model(vllm_config=self.vllm_config)
+        except torch.OutOfMemoryError:
+            raise
         except (NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
             if config.draft_quantization is None:
                 raise
@@ -93,11 +97,15 @@ class VLLMDraftModel:
                 "method of a checkpoint that is quantised already"
             )
         self.uses_mrope = supports_mrope(self.model) and model_config.uses_mrope
+        self._has_text_rotary = self.uses_mrope and give_text_rotary(self.model)
         self._allocate_cache(config)
         bind_kv_cache_to_layers(self.caches, self.vllm_config.compilation_config.static_forward_context)
 
-    def _prepare(self, vllm_config: VllmConfig, target: ModelConfig, device: torch.device) -> None:
+    def _prepare(
+        self, vllm_config: VllmConfig, target: ModelConfig, config: LVSpecConfig, device: torch.device
+    ) -> None:
         self.device = device
+        self.num_speculative_tokens = config.num_speculative_tokens
         self.vllm_config = vllm_config
         model_config = vllm_config.model_config
         self.max_model_len = model_config.max_model_len
@@ -189,15 +197,19 @@ class VLLMDraftModel:
         hidden = None if self.graphs is None else self.graphs.hidden(batch)
         if hidden is None:
             hidden = self.run(batch, self.metadata(batch))
-        if batch.max_query_len > 1:
+        if batch.max_query_len > 1 and not batch.asks_all:
             hidden = hidden[(batch.query_starts[1:] - 1).long()]
         logits = self.model.compute_logits(hidden)[:, : self.shared_vocab_size]
         best, token_ids = logits.max(dim=-1)
         if not with_probs:
             return NextTokens(token_ids, None)
-        # How far is drafted follows from them, so they must be the same on all ranks, to the last bit.
         probs = (best.float() - logits.float().logsumexp(dim=-1)).exp()
-        return NextTokens(token_ids, get_tp_group().broadcast(probs, src=0))
+        group = get_tp_group()
+        if group.world_size > 1:
+            # How far is drafted follows from them, so they must be the same on all ranks, to the last bit. By what vLLM
+            # talks with already: the group's own way would have PyTorch open another one, for which no memory is left.
+            probs = group.device_communicator.broadcast(probs, src=0)
+        return NextTokens(token_ids, probs)
 
     def metadata(self, batch: DraftBatch, is_recorded: bool = False) -> Any:
         """The attention backend's, for `batch`; `is_recorded`: to be read by a CUDA graph whenever it is replayed."""
@@ -240,25 +252,32 @@ class VLLMDraftModel:
                 multimodal_embeddings=batch.visual or None,
                 is_multimodal=batch.visual_mask,  # on the host, as vLLM's models are given it
             )
-            positions = batch.positions if self.uses_mrope else batch.positions[0]
+            takes_one = not self.uses_mrope or (self._has_text_rotary and batch.is_text)
+            positions = batch.positions[0] if takes_one else batch.positions
             return self.model(input_ids=None, positions=positions, inputs_embeds=embeds)
 
     @property
     def tokens_at_once(self) -> int:
         return 1 if self.graphs is None else self.graphs.most_tokens
 
+    def chain_tokens(self, num_requests: int, num_tokens: int, most: int) -> int | None:
+        if self.graphs is None:
+            return min(num_tokens, most)
+        return self.graphs.chain_tokens(num_requests, num_tokens, most)
+
     def record_graphs(self) -> None:
         """Have decode steps launched as CUDA graphs from now on, where that can be, on all ranks alike."""
         if not self._wants_graphs:
             return
-        for most_tokens in (MOST_TOKENS, 1):  # not all that can record one token of each request can record two
-            graphs = DecodeGraphs(self, most_tokens=most_tokens)
+        # Not all that can record one token of each request can record two, or more.
+        for most_tokens, whole_chains in ((MOST_TOKENS, True), (MOST_TOKENS, False), (1, False)):
+            graphs = DecodeGraphs(self, most_tokens=most_tokens, whole_chains=whole_chains)
+            if graphs.most_tokens < most_tokens or graphs.whole_chains < whole_chains:
+                continue  # and will be tried as what it is
             if graphs.record(lambda fine: bool(least_of_ranks(int(fine)))):
                 self.graphs = graphs
                 logger.info_once("lvspec: the drafter's steps of up to %d requests are CUDA graphs.", graphs.sizes[-1])
                 return
-            if graphs.most_tokens == 1:
-                break
         forget_graphs(self.vllm_config)
         self.group.create_metadata_builders(self.vllm_config, self.device, kernel_block_size=self.pool.page_size)
 
@@ -268,13 +287,13 @@ class VLLMDraftModel:
     def copy(self, target_slots: torch.Tensor, slots: torch.Tensor) -> None:
         raise NotImplementedError("another model's keys and values mean nothing to this one")
 
-    def decode_seconds(self, num_rows: int, context: int) -> float:
+    def decode_seconds(self, num_rows: int, context: int, *, with_probs: bool) -> float:
         """What a forward over so many requests' next tokens takes, each with `context` tokens in the cache."""
         batch = self.decode_batch(num_rows, context)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         started = time.perf_counter()
-        self.forward(batch, with_probs=True).token_ids.tolist()
+        self.forward(batch, with_probs).token_ids.tolist()
         return time.perf_counter() - started
 
     def decode_batch(self, num_rows: int, context: int, tokens: int = 1) -> DraftBatch:
@@ -297,6 +316,7 @@ class VLLMDraftModel:
             block_table=table.to(self.device),
             max_query_len=tokens,
             max_seq_len=context + tokens,
+            is_text=True,
         )
 
     def profile(self) -> None:
@@ -347,7 +367,7 @@ class SelfDraftModel(VLLMDraftModel):
         own = copy.copy(vllm_config)
         own.cache_config = copy.copy(vllm_config.cache_config)
         own.cache_config.kv_cache_layout = own.cache_config.num_gpu_blocks_override = None
-        self._prepare(own, vllm_config.model_config, device)
+        self._prepare(own, vllm_config.model_config, config, device)
         self.model = target
         self.uses_mrope = supports_mrope(target) and vllm_config.model_config.uses_mrope
         self._encoder_cache = encoder_cache

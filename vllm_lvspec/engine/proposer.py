@@ -21,7 +21,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from vllm_lvspec.config import SELF
+from vllm_lvspec.config import SELF, LVSpecConfigError
 from vllm_lvspec.draft.drafter import Drafter, DraftRequest, VisualItem
 from vllm_lvspec.draft.drafts import Drafts
 from vllm_lvspec.draft.length import StepCosts, further_context, smooth_costs
@@ -99,6 +99,7 @@ class LVSpecProposer:
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Build the drafter and its cache; called before vLLM sizes its own cache."""
+        self._check_ranks()
         device = next(target_model.parameters()).device
         if self.config.model == SELF:
             model: VLLMDraftModel = SelfDraftModel(
@@ -128,6 +129,18 @@ class LVSpecProposer:
             ),
             most_rows=least_of_ranks(most_rows(self.vllm_config, device_memory(get_tp_group().world_size)[0])),
         )
+
+    def _check_ranks(self) -> None:
+        """Raise LVSpecConfigError where the first rank was told something else: each of several nodes reads its own
+        arguments, and finds drafters beside its own folders."""
+        ours = self.config.model_dump()
+        ours["model"] = SELF if self.config.model == SELF else "another model"  # whose folder may lie elsewhere
+        theirs = get_tp_group().broadcast_object(ours, src=0)
+        for key, value in ours.items():
+            if value != theirs[key]:
+                raise LVSpecConfigError(
+                    f"{key}={value!r}: the first rank has {theirs[key]!r}; must be the same on all nodes"
+                )
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
@@ -182,6 +195,7 @@ class LVSpecProposer:
         most = self.vllm_config.scheduler_config.max_num_seqs
         chain = 1 + self.config.num_speculative_tokens
         context = min(CONTEXT_MEASURED, model.max_model_len - 1, model.pool.num_pages * model.pool.page_size - 1)
+        draft_seconds = functools.partial(model.decode_seconds, with_probs=self.drafter.is_adaptive)
         rows: list[int] = []
         target: list[float] = []
         pieces: list[float] = []
@@ -192,7 +206,7 @@ class LVSpecProposer:
             graph = has_graph(num_requests, each)
             pieces.append(_fastest(target_seconds, num_requests, each, 1, True) if graph else target[-1])
             # More rows than requests are none that it ever decodes.
-            draft.append(_fastest(model.decode_seconds, min(rows[-1], most), 1))
+            draft.append(_fastest(draft_seconds, min(rows[-1], most), 1))
             if get_tp_group().broadcast_object(target[-1] > SLOW_ENOUGH, src=0):
                 break
         pieces = np.maximum(target, pieces).tolist()
@@ -206,7 +220,7 @@ class LVSpecProposer:
             target,
             draft,
             target_per_context=target_context,
-            draft_per_context=_per_context(model.decode_seconds, several, context=context) / several,
+            draft_per_context=_per_context(draft_seconds, several, context=context) / several,
             target_per_row_context=max(0.0, chain_context - target_context) / (chain - 1),
             pieces=smooth_costs(rows, pieces) if any(has_graph(*batch) for batch in batches) else None,
         )

@@ -230,6 +230,10 @@ class Verification:
             group = get_tp_group()
             self.verifier.gather = lambda tops: group.all_gather(tops, dim=0)
 
+    @property
+    def _num_shares(self) -> int:
+        return 1 if self.features is None else self.features.layout.num_shares
+
     def warm_up(self) -> None:
         """Compile the kernels that verify loosely, so that no request waits for that."""
         policy = POLICIES[self.config.policy]
@@ -239,7 +243,8 @@ class Verification:
         if policy.uses_relevance:
             stored = self._stored()
             each = torch.tensor([0, 1], dtype=torch.int32, device=stored.device)
-            pages = VisualPages(stored, self.runner.input_batch.block_table[0].get_device_tensor(1), each[:1], each)
+            table = self.runner.input_batch.block_table[0].get_device_tensor(1)
+            pages = VisualPages(stored, table, each[:1], each, self._num_shares)
         self.verifier.warm_up(pages)
 
     def _last_values(self, layer_name: str, spec: FullAttentionSpec) -> torch.Tensor:
@@ -475,7 +480,7 @@ class Verification:
             self._visual = key, torch.cat(own), starts, visuals.tolist()
         _, positions, starts, begins = self._visual
         table = self.runner.input_batch.block_table[0].get_device_tensor(len(req_ids))
-        return VisualPages(stored, table, positions, starts), begins
+        return VisualPages(stored, table, positions, starts, self._num_shares), begins
 
     @_timed
     def accept(self, choices: Choices, batch: Batch, max_drafted: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -74,10 +74,12 @@ class Verifier:
         if pages is not None:  # many requests have other shares of their visual tokens
             count = FULL_GPU // FEW_SPLITS
             each = torch.arange(count + 1, dtype=torch.int32, device=device)
-            many = VisualPages(
-                pages.features, pages.block_table.repeat(count, 1), pages.positions.repeat(count),
-                each * len(pages.positions),
-            )  # fmt: skip
+            many = replace(
+                pages,
+                block_table=pages.block_table.repeat(count, 1),
+                positions=pages.positions.repeat(count),
+                starts=each * len(pages.positions),
+            )
             queries = pages.features.new_zeros(count, pages.features[0, 0].numel())
             mean_of_top(self.gather(top_cosines(queries, each, many, top_n, 1)), top_n)
 
