@@ -24,18 +24,19 @@ from vllm_lvspec.bench.samples import Sample, videofacts
 from vllm_lvspec.config import METHOD
 from vllm_lvspec.draft.drafts import Drafts
 from vllm_lvspec.reference import PAIRS
-from vllm_lvspec.reference.upscale import upscaled
+from vllm_lvspec.reference.upscale import LOAD_FORMAT, upscaled
 
 NUM_RESAMPLED = 4000
 WITHOUT = "vLLM without speculation"
 
 
 class Way(NamedTuple):
-    """`length`: K, at most."""
+    """`length`: K, at most; `recalls`: whether what is left of drafts is tried again."""
 
     length: int
     is_adaptive: bool = False
     only_if_faster: bool = False
+    recalls: bool = True
 
 
 class Measured(NamedTuple):
@@ -67,11 +68,12 @@ class SteeredDrafter:
 
 
 def ways(lengths: Sequence[int]) -> dict[str, Way]:
-    """Ways of an engine with a drafter: no drafts at all, each of `lengths` in every step, each where it pays, and
-    adaptive ones of the longest."""
+    """Ways of an engine with a drafter: no drafts at all, each of `lengths` in every step, each drafted anew whatever
+    was left of the last draft, each where it pays, and adaptive ones of the longest."""
     return {
         "none": Way(0),
         **{f"{length}": Way(length) for length in lengths},
+        **{f"{length}, anew": Way(length, recalls=False) for length in lengths},
         **{f"{length}, only if faster": Way(length, only_if_faster=True) for length in lengths},
         "adaptive": Way(max(lengths), is_adaptive=True, only_if_faster=True),
     }
@@ -142,19 +144,24 @@ def measure(
     warm_up: int = 1,
     repeats: int = 1,
     chosen: Sequence[str] = (),
+    drafter_shape: str | None = None,
 ) -> dict[str, list[Measured]]:
     """By way, of every group of `batch_size` samples that are asked together, but for the first `warm_up` groups.
 
     The very first is asked in every way, the others only with adaptive drafts, which learn from what becomes of them.
-    Each is asked `repeats` times in each way, in turn. Besides vLLM's own, only `chosen` ways are compared, or all.
+    Each is asked `repeats` times in each way, in turn. Besides vLLM's own, only `chosen` ways are compared, or all. The
+    drafter runs at the cost of `drafter_shape`.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the drafter must be within reach
     pair = PAIRS[family]
     model, arguments = target_engine(family, shape, batch_size)
-    config = {
+    config: dict[str, Any] = {
         "method": METHOD, "model": str(pair.draft), "policy": policy, "draft_length": "adaptive",
         "num_speculative_tokens": max(lengths),
     }  # fmt: skip
+    if drafter_shape is not None:
+        config["draft_hf_overrides"] = upscaled(str(pair.draft), drafter_shape)["hf_overrides"]
+        arguments["load_format"] = LOAD_FORMAT  # the target's, too, which may have its own shape
     groups = [samples[i : i + batch_size] for i in range(0, len(samples) - batch_size + 1, batch_size)]
     compared = ways(lengths)
     names = [WITHOUT, *(name for name in compared if not chosen or name in chosen)]
@@ -174,7 +181,7 @@ def measure(
             for turn, name in itertools.product(range(repeats), turned(asked, number)):
                 engine = without if name == WITHOUT else llm
                 if name in compared:
-                    length, drafter.is_adaptive, drafter.only_if_faster = compared[name]
+                    length, drafter.is_adaptive, drafter.only_if_faster, drafter.recalls = compared[name]
                     steered.set_length(length)
                     drafter.refusal = None  # it was another way's
                 requests = [f"{number}-{name}-{turn}-{sample.name}" for sample in group]
@@ -188,6 +195,7 @@ def measure(
 def main(
     family: Annotated[str, typer.Option(help="bundled pair")] = "qwen2_5_vl",
     shape: Annotated[str | None, typer.Option(help="cost of the target: 0.5b, 3b, 7b")] = None,
+    drafter: Annotated[str | None, typer.Option(help="cost of the drafter, likewise")] = None,
     policy: Annotated[str, typer.Option(help="of the verifier")] = "lvspec",
     lengths: Annotated[str, typer.Option(help="values of K")] = "10",
     videos: Annotated[int, typer.Option(help="of the suite videofacts")] = 8,
@@ -206,7 +214,7 @@ def main(
     for name in chosen:
         if name not in ways(tried):
             raise typer.BadParameter(f"only={name!r}: must be one of {', '.join(ways(tried))}")
-    found = measure(family, shape, policy, tried, samples, batch_size, warm_up, repeats, chosen)
+    found = measure(family, shape, policy, tried, samples, batch_size, warm_up, repeats, chosen, drafter)
     table = Table("drafts", "decoding over vLLM's", "throughput over vLLM's", "adaptive over it", "tokens per step")
     decoding = {name: np.array([m.decoded / m.decode_seconds for m in groups]) for name, groups in found.items()}
     throughput = {name: np.array([m.tokens / m.wall_seconds for m in groups]) for name, groups in found.items()}
