@@ -656,9 +656,10 @@ def test_lengths_are_compared_with_no_drafts_at_all():
     compared = lengths.ways([5, 12])
     assert next(iter(compared)) == "none"
     assert compared["none"].length == 0
-    assert compared["adaptive"] == (12, True, True)
-    assert compared["5"] == (5, False, False)
-    assert compared["5, only if faster"] == (5, False, True)
+    assert compared["adaptive"] == lengths.Way(12, is_adaptive=True, only_if_faster=True)
+    assert compared["5"] == lengths.Way(5) and compared["5"].recalls
+    assert compared["5, anew"] == lengths.Way(5, recalls=False)
+    assert compared["5, only if faster"] == lengths.Way(5, only_if_faster=True)
 
 
 def test_ratios_are_taken_group_by_group():

@@ -61,7 +61,7 @@ PARTS = (
     *(Part(_SCORES, "scores", method) for method in ("begin_forward", "_add_attention", "add_similarity", "of")),
     Part(_DECISIONS, "", "take_draft_token_ids"),
     Part(_BATCHES, "drafter.drafter", "_draft"),
-    Part(_FIRST_BATCH, "drafter.drafter", "_catch_up"),
+    *(Part(_FIRST_BATCH, "drafter.drafter", method) for method in ("_catch_up", "_recall")),
     Part(_VIDEOS, "drafter.drafter", "_prepare"),
     Part("drafter: keys and values copied", "drafter.drafter", "_copy"),
     Part(_FURTHER, "drafter.drafter.model", "forward", {_FIRST_BATCH: _FIRST}),
