@@ -230,18 +230,17 @@ def test_where_several_tokens_of_a_request_fail_one_of_each_is_recorded_all_the_
     model.record_graphs()
     assert tried == ([(2, True), (2, False), (1, False)] if takes_several else [(1, False)])
     assert model.graphs.most_tokens == model.tokens_at_once == 1
-    assert model.chain_tokens(1, 3, 6) is None
+    assert model.chain_tokens(1, 3) is None
 
 
 def test_drafts_are_tried_again_in_the_smallest_graph_that_holds_what_is_left_of_them(model, monkeypatch):
     monkeypatch.setattr(model, "graphs", None)
-    assert model.chain_tokens(2, 4, 6) == 4 and model.chain_tokens(2, 4, 3) == 3
+    assert model.chain_tokens(2, 4) == 4
     monkeypatch.setattr(model, "graphs", DecodeGraphs(model))
-    assert [model.chain_tokens(num, 2, 6) for num in (1, 2, 3, 9)] == [2, 2, 2, None]
-    assert [model.chain_tokens(num, 3, 6) for num in (1, 2, 3)] == [6, 6, 2]  # no more than two have the large one
-    assert [model.chain_tokens(1, 5, most) for most in (6, 5, 2, 1)] == [6, 2, 2, None]
+    assert [model.chain_tokens(num, 2) for num in (1, 2, 3, 9)] == [2, 2, 2, None]
+    assert [model.chain_tokens(num, 3) for num in (1, 2, 3)] == [6, 6, 2]  # no more than two have the large one
     monkeypatch.setattr(model, "num_speculative_tokens", 40)
-    assert DecodeGraphs(model).chain_tokens(2, 30, 40) == 16
+    assert DecodeGraphs(model).chain_tokens(2, 30) == 16
 
 
 class Backend:

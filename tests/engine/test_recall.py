@@ -8,12 +8,14 @@ import pytest
 import torch
 from vllm import SamplingParams
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.mrope_interleaved import MRotaryEmbeddingInterleaved
 from workload import LLAVA, QWEN
 
 from vllm_lvspec.bench.run import prompt_writer
 from vllm_lvspec.bench.samples import videofacts
+from vllm_lvspec.config import LVSpecConfigError
 from vllm_lvspec.engine.rotary import TextRotary, give_text_rotary
 from vllm_lvspec.reference import PAIRS
 
@@ -62,6 +64,23 @@ def test_what_is_left_of_drafts_spares_forwards_and_changes_no_draft(family, set
     # Of two at once a forward is spared where it is for both, which are two tokens.
     spared = plain_two["forwards"] - two["forwards"]
     assert two["recalled_tokens"] / 2 <= spared <= two["recalled_tokens"]
+
+
+def test_what_guesses_cost_is_measured_at_the_start(engines):
+    drafter = runner_of(engines(QWEN, pair=True, lvspec={"only_if_faster": True})).drafter.drafter
+    assert 0 <= drafter.costs.per_guess < 1
+
+
+def test_ranks_that_were_told_something_else_end_the_start(engines, monkeypatch):
+    proposer = runner_of(engines(QWEN, pair=True, lvspec={"policy": "strict"})).drafter
+    group = get_tp_group()
+    proposer._check_ranks()
+    for key, value in (("num_speculative_tokens", 3), ("model", "self")):
+        monkeypatch.setattr(group, "broadcast_object", lambda ours, src, key=key, value=value: {**ours, key: value})
+        with pytest.raises(
+            LVSpecConfigError, match=f"{key}=.*: the first rank has '?{value}'?; must be the same on all"
+        ):
+            proposer._check_ranks()
 
 
 @pytest.fixture

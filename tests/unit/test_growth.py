@@ -58,10 +58,7 @@ def test_page_and_plot_show_every_engine_and_point(tmp_path):
         target="32b", drafter="3b:fp8", draft_gib=3.25, accepted=ACCEPTED,
         points=[point(), point(video="48x112x112", prompt_tokens=392), point(batch_size=8, prompt_tokens=203)],
     )  # fmt: skip
-    environment = Environment(
-        date="2026-01-02T03:04:05+00:00", command="lvspec bench-growth", versions={"vllm": "0.32.0"}, device="a CPU",
-        cores=2, resumed=False,
-    )  # fmt: skip
+    environment = environment_of_a_test()
     settings = GrowthSettings(
         title="At the cost of 32B", family="qwen2_5_vl", policy="lvspec", dtype="float32", spec_tokens=[4], samples=8,
         seed=1, engine={}, alone=False,
@@ -104,3 +101,30 @@ def test_models_are_written_as_they_are_read():
     for text in ("own", "0.5b", "72b:fp8", "own:fp8"):
         assert str(Model.parse("targets", text)) == text
     assert str(Size.parse("64x448x672")) == "64x448x672"
+
+
+def test_a_drafter_that_fails_ends_no_measurement_of_the_others(tmp_path, monkeypatch):
+    done = Measured(target="own", drafter="3b", draft_gib=1.0, accepted=ACCEPTED, points=[point()])
+
+    def measure(how, options, target, *drafter):
+        if str(drafter[0]) != "3b":
+            raise RuntimeError("no kernel\nfor it")
+        return done
+
+    monkeypatch.setattr(growth, "_in_own_process", measure)
+    monkeypatch.setattr(growth, "environment", lambda command: environment_of_a_test())
+    options = growth.GrowthOptions(
+        json_path=tmp_path / "growth.json", drafters=[Model("7b", "mxfp4"), Model("3b", None)], alone=False
+    )
+    with pytest.raises(growth.BenchError, match=r"^not measured: 0.5b ← 7b:mxfp4: no kernel for it$"):
+        growth.run_growth(options, Console(quiet=True))
+    report = GrowthReport.model_validate_json((tmp_path / "growth.json").read_text())
+    assert report.measured == [done]
+    assert (tmp_path / "growth.png").stat().st_size > 1000
+
+
+def environment_of_a_test() -> Environment:
+    return Environment(
+        date="2026-01-02T03:04:05+00:00", command="lvspec bench-growth", versions={"vllm": "0.32.0"}, device="a CPU",
+        cores=2, resumed=False,
+    )  # fmt: skip

@@ -20,6 +20,7 @@ from vllm_lvspec.draft.length import (
     DraftPlan,
     FixedChains,
     Load,
+    Recalling,
     RequestHistory,
     RunningMean,
     StepCosts,
@@ -618,3 +619,24 @@ def test_a_stair_in_the_costs_does_not_end_drafts_that_pay_on_the_next_landing()
     for _ in range(10):
         plan.take(np.array([0]), np.array([0.95]))
         assert plan.going_on(np.array([0])).tolist() == [0]
+
+
+def test_what_is_left_is_tried_while_it_spares_more_than_it_costs():
+    recalling = Recalling()
+    assert recalling.share == 1 and recalling.pays(2.0) and not recalling.pays(4.0)
+    for _ in range(40):  # three of four further tokens
+        recalling.learn(True, 3, 4)
+    assert recalling.share == pytest.approx(0.25, abs=0.1)
+    for _ in range(300):
+        recalling.learn(True, 0, 9)
+    assert recalling.share > 0.9
+    assert not recalling.pays(0.0)
+    assert not recalling.pays(1.0)
+    refused = 1
+    while not recalling.pays(1.0):
+        refused += 1
+    assert 3 < refused < 200  # times may have changed
+    recalling.learn(False, 0, 0)
+    before = recalling.share
+    recalling.fade(10**5)
+    assert before < 1 and recalling.share == pytest.approx(1, abs=1e-6)

@@ -30,14 +30,14 @@ from vllm_lvspec.draft.length import (
     DraftPlan,
     FixedChains,
     Load,
+    Recalling,
     Refusal,
     RequestHistory,
-    RunningMean,
     StepCosts,
     expected_tokens,
     seconds_saved,
 )
-from vllm_lvspec.draft.pages import DraftSequence, PagePool
+from vllm_lvspec.draft.pages import NO_SLOT, DraftSequence, PagePool
 from vllm_lvspec.draft.pruning import STRATEGIES, Strategy, VideoView, VisualGrid
 from vllm_lvspec.kernels.advance_decode import advance_decode
 
@@ -46,11 +46,6 @@ _MOST_LEFT = 0.998
 # Of no more requests at once it is tried whether what is left of their last drafts is drafted again: a forward is
 # spared where all of them draft one token or more of it.
 MOST_RECALLING = 2
-# What is left of how many forwards that spares, while it is not tried; and tries that the past consists of, before
-# which so many have spared one.
-_RECALL_FADING = 0.98
-_RECALLS = 64.0
-_FIRST_RECALLS = 8.0
 # What is counted: requests and tokens drafted for, forwards of the model, tokens that were drafted without one because
 # they were left of the draft before, requests that could not be drafted for in a
 # step because no room was left in their length, no page in the pool, their visual embeddings can't be had, or because
@@ -133,9 +128,9 @@ class DraftModel(Protocol):
         """How many tokens of each request, as many of all, it reads in no more time than one."""
         ...
 
-    def chain_tokens(self, num_requests: int, num_tokens: int, most: int) -> int | None:
-        """How many tokens of each request, at `most`, it reads at once where `num_tokens` are there to be read; None
-        where it rather reads one after another. More have something behind them that means nothing."""
+    def chain_tokens(self, num_requests: int, num_tokens: int) -> int | None:
+        """How many tokens of each request it reads at once where `num_tokens` are there to be read, or more, behind
+        which there is something that means nothing; None where it rather reads one after another."""
         ...
 
     def prompt_positions(self, prompt: Any, num_prompt_tokens: int) -> tuple[torch.Tensor, int]:
@@ -206,7 +201,7 @@ class Drafter:
         self.answers = Answers()
         self.corrections = Corrections()
         self.recalls = True  # what is left of drafts
-        self._recalled = RunningMean(_RECALLS, 1.0, _FIRST_RECALLS)  # tokens that a try has spared forwards of
+        self._recalling = Recalling()
         self._most_lately = 0.0  # requests that went on behind a step
         self.refusal: Refusal | None = None  # to draft, while it stands
         self.clock = Clock(model.device)
@@ -470,7 +465,10 @@ class Drafter:
 
     def _costs_now(self, num_requests: int, num_drafting: int) -> StepCosts:
         assert self.costs is not None
-        return self.corrections.applied(self.costs, num_requests, num_drafting)
+        costs = self.corrections.applied(self.costs, num_requests, num_drafting)
+        if not self.recalls or num_drafting > MOST_RECALLING:
+            return costs
+        return costs.scaled(1.0, 1.0, self._recalling.share, 1.0)
 
     def _contexts(self, requests: Sequence[DraftRequest]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens in the target's and in the drafter's cache, `[num_requests]` each."""
@@ -493,6 +491,7 @@ class Drafter:
         assert self.costs is not None
         self.acceptance.fade(num_steps)
         self.chains.fade(num_steps)
+        self._recalling.fade(num_steps)
         self.corrections.fade(num_steps)
         if self.is_adaptive:
             for request in requests:
@@ -627,7 +626,9 @@ class Drafter:
         drafted = [newest]
         active = np.arange(len(requests))
         drafts.members = [active]
-        costs = self._costs_now(len(requests), len(requests)) if self.costs is not None else None
+        costs = None
+        if self.costs is not None:
+            costs = self.corrections.applied(self.costs, len(requests), len(requests))
         contexts = self._contexts(requests)[1]
         if costs is not None:
             self.foretold_first += costs.first * float(costs.of_draft(len(contexts), contexts.sum()))
@@ -658,14 +659,17 @@ class Drafter:
                     )
                 newest = self.model.forward(batch, plan is not None)
                 self.counts["forwards"] += 1
+                if costs is not None:
+                    self.foretold_further += float(costs.of_draft(len(going_on), contexts[going_on].sum()))
             active = going_on
-            if costs is not None:  # as if there were nothing to recall, so that corrections know what that spares
-                self.foretold_further += float(costs.of_draft(len(active), contexts[active].sum()))
             drafted.append(newest)
             drafts.members.append(active)
         else:
             if plan is not None:
                 self._note_chances(requests, active, newest)
+        num_spared = min(len(at_hand), len(drafted)) - 1
+        if self.recalls and len(requests) <= MOST_RECALLING:
+            self._recalling.learn(guesses is not None, num_spared, len(drafted) - 1)
         drafts.token_ids = _columns([d.token_ids for d in drafted])
         drafts.on_host = drafts.token_ids.to("cpu", non_blocking=True)  # one copy for all steps
         counts = np.bincount(np.concatenate(drafts.members)).tolist()
@@ -708,19 +712,17 @@ class Drafter:
             if not left:
                 return None
             found.append(left)
-        num = len(requests)
-        # For a draft's last token there is no page.
-        each = self.model.chain_tokens(num, 1 + max(map(len, found)), lengths[-1])
-        if each is None or each < 2 or num * each > self.model.max_batch_tokens:
+        num, most = len(requests), max(len(request.token_ids) for request in requests)
+        # For a draft's last token there is no page, and behind the least that is left nothing is spared.
+        wanted = min(min(map(len, found)), lengths[-1] - 1)
+        each = self.model.chain_tokens(num, 1 + wanted) if wanted else None
+        if each is None or num * each > self.model.max_batch_tokens or most + each > self.model.max_model_len:
             return None
-        if self.costs is not None:
-            price = self.costs.of_draft(num * each) - self.costs.of_draft(num)
-            if self._recalled.mean * self.costs.of_draft(num) <= price:
-                self._recalled.fade(_RECALL_FADING)
-                return None
+        wanted = min(wanted, each - 1)
+        if not self._recalling.pays(0.0 if self.costs is None else self.costs.per_guess * (each - 1)):
+            return None
         guesses = np.full((num, each - 1), -1)
-        for row, left in zip(guesses, found, strict=True):
-            row[: len(left)] = left[: each - 1]
+        guesses[:, :wanted] = [left[:wanted] for left in found]
         return guesses
 
     def _recall(
@@ -734,7 +736,8 @@ class Drafter:
             self._copy(requests, sequences)
         newest = np.array([[request.token_ids[-1]] for request in requests], dtype=np.int64)
         tokens = np.concatenate([newest, np.maximum(guesses, 0)], axis=1)
-        batch = self._decode_batch(requests, sequences, tokens.flatten(), tokens.shape[1])
+        num_guessed = int((guesses[0] >= 0).sum())
+        batch = self._decode_batch(requests, sequences, tokens.flatten(), tokens.shape[1], num_kept=1 + num_guessed)
         batch.asks_all = True
         found = self.model.forward(batch, with_probs)
         self.counts["forwards"] += 1
@@ -744,7 +747,6 @@ class Drafter:
         self.clock.wait(self.clock.mark())
         drafted = on_host.view(tokens.shape).numpy()
         num_right = int((drafted[:, :-1] == guesses).cumprod(axis=1).sum(axis=1).min())
-        self._recalled.note(num_right)
         ids, probs = (None if values is None else values.view(tokens.shape) for values in found)
         assert ids is not None
         return [NextTokens(ids[:, i], None if probs is None else probs[:, i]) for i in range(num_right + 1)]
@@ -864,13 +866,21 @@ class Drafter:
         tokens: np.ndarray | torch.Tensor,
         each: int = 1,
         num_ahead: int = 0,
+        num_kept: int | None = None,
     ) -> DraftBatch:
-        """As many `tokens` of `each` request, behind all that `sequences` know to be cached and `num_ahead` more."""
+        """As many `tokens` of `each` request, behind all that `sequences` know to be cached and `num_ahead` more; of
+        each one's only the first `num_kept` are written, or all."""
         entries = [s.num_cached + num_ahead + np.arange(each) for s in sequences]
         deltas = [s.num_hidden + self._prompts[r.req_id].delta for r, s in zip(requests, sequences, strict=True)]
         places = np.concatenate([e + delta for e, delta in zip(entries, deltas, strict=True)])
         dims = len(self._prompts[requests[0].req_id].positions)
-        slots = np.concatenate([self._slots(s, e) for s, e in zip(sequences, entries, strict=True)])
+        num_nowhere = 0 if num_kept is None else each - num_kept
+        slots = np.concatenate(
+            [
+                np.append(self._slots(s, e[: each - num_nowhere]), np.full(num_nowhere, NO_SLOT))
+                for s, e in zip(sequences, entries, strict=True)
+            ]
+        )
         ends = [s.num_cached + num_ahead + each for s in sequences]
         return self._batch(np.tile(places, (dims, 1)), slots, [each] * len(sequences), ends, sequences, tokens)
 

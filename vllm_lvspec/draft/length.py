@@ -56,6 +56,12 @@ _SHARE_CHANGED = 1 / 8
 # A prompt is read where so many times its price is to be saved: near the point where drafting pays, it starts and stops
 # with every correction.
 PROMPT_MARGIN = 2.0
+# Of so many tries of what is left of drafts the past consists, of the first few of which each is taken to have spared
+# some forwards; and so many at least must be spared where trying costs nothing.
+_TRIES = 64.0
+_FIRST_TRIES = 4.0
+_FIRST_SPARED = 3.0
+_LEAST_SPARED = 0.1
 # Of so many finished answers the length is remembered.
 _MOST_ANSWERS = 64.0
 
@@ -67,7 +73,9 @@ class StepCosts:
     a request's first, which is nothing where attention waits for memory; `prompt`: of the drafter's with one request's
     prompt; `first`: times as long as a further drafted token the first one takes, with all that is done for drafts of
     any length; `verification`: times as long as by the others a step of the target with drafts takes, of which a part
-    may be done while the drafter runs; `pieces`: instead of `target`, and no less, where a step that could be one graph
+    may be done while the drafter runs; `per_guess`: how much longer, of its forward for one token of a request, the
+    drafter takes for each further one that it reads at once; `pieces`: instead of `target`, and no less, where a step
+    that could be one graph
     is launched in pieces, None where there are no graphs."""
 
     rows: Sequence[int]
@@ -79,6 +87,7 @@ class StepCosts:
     prompt: float = 0.0
     first: float = 1.0
     verification: float = 1.0
+    per_guess: float = 0.0
     pieces: Sequence[float] | None = None
 
     def faded(self, num_steps: int) -> StepCosts:
@@ -334,6 +343,37 @@ class FixedChains:
     def fade(self, num_steps: int) -> None:
         """Go a little way back to the beginning: times may have changed."""
         self._share.fade(_SLOW_FADING**num_steps)
+
+
+class Recalling:
+    """Whether it pays to try what is left of rejected drafts, and what it spares."""
+
+    def __init__(self) -> None:
+        self._spared = RunningMean(_TRIES, _FIRST_SPARED, _FIRST_TRIES)  # forwards, by each try
+        self._forwards = RunningMean(_TRIES, 1.0, _FIRST_TRIES)
+
+    @property
+    def share(self) -> float:
+        """Of drafts' further tokens, those that took a forward."""
+        return self._forwards.mean
+
+    def pays(self, price: float) -> bool:
+        """Whether a try spares more forwards than it costs; each time it does not, it is a little less sure of it."""
+        if self._spared.mean > max(price, _LEAST_SPARED):
+            return True
+        self._spared.fade(_FADING)
+        return False
+
+    def learn(self, was_tried: bool, num_spared: int, num_further: int) -> None:
+        """Of a step with so many further tokens, for so many of which it has spared the forward."""
+        if was_tried:
+            self._spared.note(num_spared)
+        if num_further:
+            self._forwards.note(1 - num_spared / num_further)
+
+    def fade(self, num_steps: int) -> None:
+        """Go a little way back to the beginning: times may have changed."""
+        self._forwards.fade(_SLOW_FADING**num_steps)
 
 
 class Answers:

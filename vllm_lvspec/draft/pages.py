@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+NO_SLOT = -1  # of a token that is written nowhere
+
 
 class PagePool:
     """A fixed number of pages of `page_size` tokens; page ids run from 0 to `num_pages - 1`."""

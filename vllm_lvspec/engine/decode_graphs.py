@@ -35,6 +35,7 @@ from vllm.v1.worker.workspace import (
 
 from vllm_lvspec.draft.batch import DraftBatch
 from vllm_lvspec.draft.drafter import MOST_RECALLING
+from vllm_lvspec.draft.pages import NO_SLOT
 
 if TYPE_CHECKING:
     from vllm_lvspec.engine.draft_model import VLLMDraftModel
@@ -46,7 +47,6 @@ MOST_TOKENS = 2  # of each request
 MOST_CHAIN_TOKENS = 16  # likewise, where drafts are tried again
 PLANS_ON_HOST = ("FLASHINFER",)  # backends whose plan of a step would overwrite that of one still running
 _NUM_WARM_UP = 2
-_PADDING_SLOT = -1  # vLLM writes nothing there
 _TOLERANCE = 0.05  # of the norm: kernels may sum in another order
 
 Replay = tuple[Callable[[], Any], torch.Tensor]
@@ -127,10 +127,11 @@ class DecodeGraphs:
         self._graphs: dict[Shape, Replay] = {}
         self._different: list[Shape] = []  # of those, which compute something else
         self._pool: Any = None  # of memory, which all share: the largest comes first, and no two run at once
-        self._inputs: dict[Shape, DraftBatch] = {}
-        for tokens, sizes in sorted(self._sizes.items(), key=lambda pair: -pair[0] * pair[1][-1]):
-            inputs = self._padding(sizes[-1], tokens)
-            self._inputs |= {(size, tokens): _first_requests(inputs, size, tokens) for size in reversed(sizes)}
+        inputs: dict[Shape, DraftBatch] = {}
+        for tokens, sizes in self._sizes.items():
+            largest = self._padding(sizes[-1], tokens)
+            inputs |= {(size, tokens): _first_requests(largest, size, tokens) for size in sizes}
+        self._inputs = dict(sorted(inputs.items(), key=lambda item: (-item[0][0] * item[0][1], item[0])))
 
     def _padding(self, num_requests: int, tokens: int) -> DraftBatch:
         """A batch of requests with so many tokens each, with room for the longest."""
@@ -138,7 +139,7 @@ class DecodeGraphs:
         batch = model.decode_batch(num_requests, 0, tokens)
         pages = -(-model.max_model_len // model.pool.page_size)
         table = torch.zeros((num_requests, pages), dtype=torch.int32, device=model.device)
-        slots = torch.full_like(batch.slots, _PADDING_SLOT)
+        slots = torch.full_like(batch.slots, NO_SLOT)
         return replace(batch, block_table=table, slots=slots, max_seq_len=model.max_model_len)
 
     @torch.inference_mode()
@@ -265,10 +266,10 @@ class DecodeGraphs:
             block_table=table.to(device),
         )
 
-    def chain_tokens(self, num_requests: int, num_tokens: int, most: int) -> int | None:
-        """Tokens of each request, at `most`, of a graph for so many, into which `num_tokens` of each go; or, where none
+    def chain_tokens(self, num_requests: int, num_tokens: int) -> int | None:
+        """Tokens of each request of the smallest graph for so many, into which `num_tokens` of each go; or, where none
         is large enough, of the largest."""
-        found = [tokens for tokens, sizes in self._sizes.items() if 1 < tokens <= most and num_requests <= sizes[-1]]
+        found = [tokens for tokens, sizes in self._sizes.items() if tokens > 1 and num_requests <= sizes[-1]]
         fits = [tokens for tokens in found if tokens >= num_tokens]
         return min(fits) if fits else max(found, default=None)
 
@@ -292,7 +293,7 @@ class DecodeGraphs:
         inputs.seq_lens_cpu[:num_requests].copy_(batch.seq_lens_cpu)
         inputs.block_table[:num_requests, : batch.block_table.shape[1]].copy_(batch.block_table)
         if size > num_requests:
-            inputs.slots[num_tokens:].fill_(_PADDING_SLOT)
+            inputs.slots[num_tokens:].fill_(NO_SLOT)
             inputs.seq_lens[num_requests:].fill_(tokens)
             inputs.seq_lens_cpu[num_requests:].fill_(tokens)
         # Backends that plan a step do so here, into the buffers that the graph reads.

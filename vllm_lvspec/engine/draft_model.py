@@ -205,11 +205,14 @@ class VLLMDraftModel:
             return NextTokens(token_ids, None)
         probs = (best.float() - logits.float().logsumexp(dim=-1)).exp()
         group = get_tp_group()
-        if group.world_size > 1:
-            # How far is drafted follows from them, so they must be the same on all ranks, to the last bit. By what vLLM
-            # talks with already: the group's own way would have PyTorch open another one, for which no memory is left.
-            probs = group.device_communicator.broadcast(probs, src=0)
-        return NextTokens(token_ids, probs)
+        # How far is drafted follows from them, so they must be the same on all ranks, to the last bit. By what vLLM
+        # talks with already, where it does: the group's own way has PyTorch open another one, for which no memory is
+        # planned.
+        communicator = getattr(group.device_communicator, "pynccl_comm", None)
+        if communicator is not None and not communicator.disabled:
+            communicator.broadcast(probs, 0)
+            return NextTokens(token_ids, probs)
+        return NextTokens(token_ids, group.broadcast(probs, src=0))
 
     def metadata(self, batch: DraftBatch, is_recorded: bool = False) -> Any:
         """The attention backend's, for `batch`; `is_recorded`: to be read by a CUDA graph whenever it is replayed."""
@@ -260,10 +263,8 @@ class VLLMDraftModel:
     def tokens_at_once(self) -> int:
         return 1 if self.graphs is None else self.graphs.most_tokens
 
-    def chain_tokens(self, num_requests: int, num_tokens: int, most: int) -> int | None:
-        if self.graphs is None:
-            return min(num_tokens, most)
-        return self.graphs.chain_tokens(num_requests, num_tokens, most)
+    def chain_tokens(self, num_requests: int, num_tokens: int) -> int | None:
+        return num_tokens if self.graphs is None else self.graphs.chain_tokens(num_requests, num_tokens)
 
     def record_graphs(self) -> None:
         """Have decode steps launched as CUDA graphs from now on, where that can be, on all ranks alike."""
@@ -287,9 +288,10 @@ class VLLMDraftModel:
     def copy(self, target_slots: torch.Tensor, slots: torch.Tensor) -> None:
         raise NotImplementedError("another model's keys and values mean nothing to this one")
 
-    def decode_seconds(self, num_rows: int, context: int, *, with_probs: bool) -> float:
-        """What a forward over so many requests' next tokens takes, each with `context` tokens in the cache."""
-        batch = self.decode_batch(num_rows, context)
+    def decode_seconds(self, num_rows: int, context: int, tokens: int = 1, *, with_probs: bool) -> float:
+        """What a forward over so many requests' next `tokens` takes, each with `context` tokens in the cache."""
+        batch = self.decode_batch(num_rows, context, tokens)
+        batch.asks_all = True
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         started = time.perf_counter()

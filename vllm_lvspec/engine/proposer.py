@@ -215,6 +215,8 @@ class LVSpecProposer:
         several = max(1, min(most, rows[-1] // chain, SEVERAL))
         target_context = _per_context(target_seconds, several, 1, context=context) / several
         chain_context = _per_context(target_seconds, several, chain, context=context) / several
+        guessing = model.chain_tokens(1, min(chain - 1, model.max_model_len - 1)) or 1
+        per_guess = _fastest(draft_seconds, 1, 1, guessing) / _fastest(draft_seconds, 1, 1) - 1
         costs = StepCosts(
             rows,
             target,
@@ -222,6 +224,7 @@ class LVSpecProposer:
             target_per_context=target_context,
             draft_per_context=_per_context(draft_seconds, several, context=context) / several,
             target_per_row_context=max(0.0, chain_context - target_context) / (chain - 1),
+            per_guess=max(0.0, per_guess) / max(1, guessing - 1),
             pieces=smooth_costs(rows, pieces) if any(has_graph(*batch) for batch in batches) else None,
         )
         self.drafter.costs = get_tp_group().broadcast_object(costs, src=0)
