@@ -698,15 +698,15 @@ class Drafter:
         return np.clip(self.acceptance.chances(probs) * factors, 0, 1)
 
     def _guesses(self, requests: list[DraftRequest], lengths: list[int]) -> np.ndarray | None:
-        """What is left of the last drafts of `requests`, int64 `[num_requests, num_guessed]`, and -1 where that is
-        less; None where it would not pay to ask what of it is drafted again."""
+        """What is left of the last drafts of all `requests`, and -1 behind it for whatever else is read at once: int64
+        `[num_requests, num_read - 1]`; None where it would not pay to ask what of it is drafted again."""
         if len(requests) > MOST_RECALLING:
             return None
         found = []
         for request in requests:
             history, sequence = self._histories[request.req_id], self.sequences[request.req_id]
             num_missing = len(request.token_ids) - sequence.num_hidden - sequence.num_cached
-            if num_missing > 1 and not self.model.copies:
+            if not history.draft or (num_missing > 1 and not self.model.copies):
                 return None
             left = left_of(history.draft, request.token_ids[history.drafted_behind :].tolist())
             if not left:
