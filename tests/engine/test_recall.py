@@ -54,7 +54,7 @@ def test_what_is_left_of_drafts_spares_forwards_and_changes_no_draft(family, set
         one, before = drafter.counts - before, drafter.counts.copy()
         answers += [o.outputs[0].token_ids for o in engine.llm.generate(prompts[2:], params, use_tqdm=False)]
         found.append((answers, drafts, one, drafter.counts - before))
-    drafter.finish = finish
+    drafter.finish, drafter.recalls = finish, True
     (answers, drafts, one, two), (plain_answers, plain_drafts, plain_one, plain_two) = found
     assert answers == plain_answers and drafts == plain_drafts
     assert sum(len(draft) for step in drafts for draft in step) > 300
@@ -66,9 +66,17 @@ def test_what_is_left_of_drafts_spares_forwards_and_changes_no_draft(family, set
     assert two["recalled_tokens"] / 2 <= spared <= two["recalled_tokens"]
 
 
-def test_what_guesses_cost_is_measured_at_the_start(engines):
-    drafter = runner_of(engines(QWEN, pair=True, lvspec={"only_if_faster": True})).drafter.drafter
-    assert 0 <= drafter.costs.per_guess < 1
+@pytest.mark.parametrize(("read", "expected"), [(10, 0.05), (2, 0.05), (None, 0.0)])
+def test_what_guesses_cost_is_measured_at_the_start(read, expected, engines, monkeypatch):
+    proposer = runner_of(engines(QWEN, pair=True, lvspec={"policy": "strict"})).drafter
+    model = proposer.drafter.model
+    monkeypatch.setattr(proposer.drafter, "costs", None)
+    monkeypatch.setattr(
+        model, "decode_seconds", lambda rows, context, tokens=1, with_probs=False: 1 + 0.05 * (tokens - 1)
+    )
+    monkeypatch.setattr(model, "chain_tokens", lambda num_requests, num_tokens: read)
+    proposer.measure_costs(lambda *batch: 1.0, [(1, 1), (1, 11)], lambda *batch: False)
+    assert proposer.drafter.costs.per_guess == pytest.approx(expected)
 
 
 def test_ranks_that_were_told_something_else_end_the_start(engines, monkeypatch):

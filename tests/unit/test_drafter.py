@@ -90,7 +90,7 @@ class SlotModel:
         lens = batch.query_starts.diff()
         assert lens.min() >= 1
         assert lens.max() == batch.max_query_len
-        assert batch.seq_lens.max() <= batch.max_seq_len
+        assert batch.seq_lens.max() <= batch.max_seq_len <= self.max_model_len
         written = batch.slots[batch.slots != NO_SLOT]
         assert len(written.unique()) == len(written) > 0
         visual = torch.cat(batch.visual) if batch.visual else torch.empty(0, 3)
@@ -530,6 +530,47 @@ def test_drafts_that_end_where_they_no_longer_pay_are_drafted_again_likewise():
     (again,) = drafter.propose([rejected(request, draft)], 8)
     assert len(again) == 8 and len(model.batches) == 2 and drafter.counts["recalled_tokens"] == 6
     assert len(drafter._histories["a"].confidences) == 8
+
+
+def test_prices_know_what_is_spared_and_forwards_are_foretold_as_they_are():
+    costs = StepCosts([1, 8], [1.0, 1.0], [0.1, 0.1])
+    drafter = fixed_drafter(Reciting())
+    drafter.costs = costs
+    request = make_request()
+    for _ in range(12):
+        (draft,) = drafter.propose([request], 8)
+        request = rejected(request, draft)
+    drafter.foretold_further = 0.0
+    before = drafter.counts["forwards"]
+    drafter.propose([request], 8)
+    assert drafter.counts["forwards"] - before == 2  # six of seven further tokens were left of the last draft
+    assert drafter.foretold_further == pytest.approx(0.1)
+    now = drafter._costs_now(1, 1)
+    assert 0.14 < now.draft[0] / 0.1 < 0.5 and now.first * now.draft[0] == pytest.approx(0.1)
+    assert drafter._costs_now(4, 1).draft == now.draft  # others go without
+    assert drafter._costs_now(2, 2).draft == drafter._costs_now(3, 3).draft == [0.1, 0.1]
+    drafter.recalls = False
+    assert drafter._costs_now(1, 1).draft == [0.1, 0.1]
+    drafter.recalls = True
+    drafter._doubt([request], 10**5)
+    assert drafter._costs_now(1, 1).draft[0] == pytest.approx(0.1, rel=1e-3)
+
+
+def test_behind_a_graphs_tokens_there_is_no_place_at_the_end_of_the_longest_answer():
+    model = Reciting(max_model_len=64)
+    model.chain = 12
+    drafter = fixed_drafter(model)
+    request = make_request()
+    tried = []
+    while len(request.token_ids) + 8 <= model.max_model_len:
+        model.batches.clear()
+        (draft,) = drafter.propose([request], 8)
+        tried.append((len(request.token_ids), any(batch.asks_all for batch in model.batches)))
+        start = len(request.token_ids) - 1 + 5
+        assert draft == [7 * place % VOCAB for place in range(start, start + 8)]
+        request = rejected(request, draft)
+    assert [is_tried for _, is_tried in tried] == [i > 0 and length + 12 <= 64 for i, (length, _) in enumerate(tried)]
+    assert sum(is_tried for _, is_tried in tried) > 10 and not tried[-1][1]
 
 
 def test_the_host_waits_once_to_learn_what_is_drafted_again():

@@ -201,7 +201,7 @@ class Drafter:
         self.answers = Answers()
         self.corrections = Corrections()
         self.recalls = True  # what is left of drafts
-        self._recalling = Recalling()
+        self._recalling = {num: Recalling() for num in range(1, MOST_RECALLING + 1)}  # requests that are drafted for
         self._most_lately = 0.0  # requests that went on behind a step
         self.refusal: Refusal | None = None  # to draft, while it stands
         self.clock = Clock(model.device)
@@ -452,7 +452,9 @@ class Drafter:
         self, requests: Sequence[DraftRequest], others: Sequence[DraftRequest], max_length: int, most_rows: int
     ) -> DraftPlan:
         """What is known of the chances of `requests`, and what drafting for them costs in a batch with `others`."""
-        costs = self._costs_now(len(requests) + len(others), len(requests))
+        assert self.costs is not None
+        # Each token at its own price: which of them need no forward is known behind the first one.
+        costs = self.corrections.applied(self.costs, len(requests) + len(others), len(requests))
         others_context = float(sum(len(request.token_ids) for request in others))
         contexts = self._contexts(requests)
         rates = self._rates(requests)
@@ -464,11 +466,11 @@ class Drafter:
         return np.clip(self.acceptance.mean() * factors, 0, 0.99)
 
     def _costs_now(self, num_requests: int, num_drafting: int) -> StepCosts:
+        """Of drafts as a whole, of which some tokens need no forward."""
         assert self.costs is not None
         costs = self.corrections.applied(self.costs, num_requests, num_drafting)
-        if not self.recalls or num_drafting > MOST_RECALLING:
-            return costs
-        return costs.scaled(1.0, 1.0, self._recalling.share, 1.0)
+        recalling = self._recalling.get(num_drafting) if self.recalls else None
+        return costs if recalling is None else costs.scaled(1.0, 1.0, recalling.share, 1.0)
 
     def _contexts(self, requests: Sequence[DraftRequest]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens in the target's and in the drafter's cache, `[num_requests]` each."""
@@ -491,7 +493,8 @@ class Drafter:
         assert self.costs is not None
         self.acceptance.fade(num_steps)
         self.chains.fade(num_steps)
-        self._recalling.fade(num_steps)
+        for recalling in self._recalling.values():
+            recalling.fade(num_steps)
         self.corrections.fade(num_steps)
         if self.is_adaptive:
             for request in requests:
@@ -668,8 +671,8 @@ class Drafter:
             if plan is not None:
                 self._note_chances(requests, active, newest)
         num_spared = min(len(at_hand), len(drafted)) - 1
-        if self.recalls and len(requests) <= MOST_RECALLING:
-            self._recalling.learn(guesses is not None, num_spared, len(drafted) - 1)
+        if self.recalls and (recalling := self._recalling.get(len(requests))) is not None:
+            recalling.learn(guesses is not None, num_spared, len(drafted) - 1)
         drafts.token_ids = _columns([d.token_ids for d in drafted])
         drafts.on_host = drafts.token_ids.to("cpu", non_blocking=True)  # one copy for all steps
         counts = np.bincount(np.concatenate(drafts.members)).tolist()
@@ -719,7 +722,7 @@ class Drafter:
         if each is None or num * each > self.model.max_batch_tokens or most + each > self.model.max_model_len:
             return None
         wanted = min(wanted, each - 1)
-        if not self._recalling.pays(0.0 if self.costs is None else self.costs.per_guess * (each - 1)):
+        if not self._recalling[num].pays(0.0 if self.costs is None else self.costs.per_guess * (each - 1)):
             return None
         guesses = np.full((num, each - 1), -1)
         guesses[:, :wanted] = [left[:wanted] for left in found]
