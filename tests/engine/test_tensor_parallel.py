@@ -1,7 +1,10 @@
 """Two ranks decide alike, and give what one rank gives."""
 
 import pytest
+from vllm.distributed import get_tp_group
 from workload import QWEN, generate_requests, token_ids
+
+from vllm_lvspec.config import LVSpecConfigError
 
 
 @pytest.mark.two_ranks
@@ -14,3 +17,16 @@ def test_two_ranks_give_what_one_gives(engines, oracle):
     stats = engine.stats()  # asserts that the ranks agree
     assert stats["drafted_tokens"] > 150
     assert stats["pages_free"] == stats["pages_total"]
+
+
+def test_ranks_that_were_told_something_else_end_the_start(engines, monkeypatch):
+    engine = engines(QWEN, pair=True, lvspec={"policy": "strict"})
+    (proposer,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.drafter)
+    group = get_tp_group()
+    proposer._check_ranks()
+    for key, value in (("num_speculative_tokens", 3), ("model", "self")):
+        monkeypatch.setattr(group, "broadcast_object", lambda ours, src, key=key, value=value: {**ours, key: value})
+        with pytest.raises(
+            LVSpecConfigError, match=f"{key}=.*: the first rank has '?{value}'?; must be the same on all"
+        ):
+            proposer._check_ranks()

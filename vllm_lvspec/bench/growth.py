@@ -27,14 +27,14 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from vllm_lvspec.bench.command import LARGEST_BLOCK, BenchError, environment, kv_cache_bytes
-from vllm_lvspec.bench.lengths import SteeredDrafter, answer, ratios
+from vllm_lvspec.bench.lengths import SteeredDrafter, answer, give_shape, ratios
 from vllm_lvspec.bench.results import Environment, Interval, StrictModel
 from vllm_lvspec.bench.run import has_plugin, prompt_writer, running_engine, turned
 from vllm_lvspec.bench.samples import Sample, Video, videofacts
 from vllm_lvspec.bench.videofacts.scene import video_item
 from vllm_lvspec.config import MAX_SPECULATIVE_TOKENS, METHOD
 from vllm_lvspec.reference import PAIRS
-from vllm_lvspec.reference.upscale import LOAD_FORMAT, TEXT_SHAPES, text_shape, upscaled
+from vllm_lvspec.reference.upscale import TEXT_SHAPES, text_shape, upscaled
 
 Result = TypeVar("Result")
 
@@ -355,8 +355,7 @@ def _measure(
     if current_platform.is_cuda_alike() and len(options.spec_tokens) > 1:
         config["draft_length"] = "adaptive"  # under which a request's drafts of any length have a CUDA graph
     if drafter.shape is not None:
-        config["draft_hf_overrides"] = upscaled(draft, drafter.shape)["hf_overrides"]
-        arguments["load_format"] = LOAD_FORMAT  # the target's, too, which may have its own shape
+        give_shape(drafter.shape, config, arguments)
     if drafter.quantization is not None:
         config["draft_quantization"] = drafter.quantization
     with running_engine(model, config, most, arguments) as llm:

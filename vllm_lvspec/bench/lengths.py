@@ -134,6 +134,12 @@ def target_engine(family: str, shape: str | None, batch_size: int) -> tuple[str,
     return arguments.pop("model", target), arguments
 
 
+def give_shape(shape: str, config: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """Have an engine of these `arguments` run the drafter of lvspec's `config` at the cost of `shape`."""
+    config["draft_hf_overrides"] = upscaled(config["model"], shape)["hf_overrides"]
+    arguments["load_format"] = LOAD_FORMAT  # the target's, too, which may have its own shape
+
+
 def measure(
     family: str,
     shape: str | None,
@@ -160,8 +166,7 @@ def measure(
         "num_speculative_tokens": max(lengths),
     }  # fmt: skip
     if drafter_shape is not None:
-        config["draft_hf_overrides"] = upscaled(str(pair.draft), drafter_shape)["hf_overrides"]
-        arguments["load_format"] = LOAD_FORMAT  # the target's, too, which may have its own shape
+        give_shape(drafter_shape, config, arguments)
     groups = [samples[i : i + batch_size] for i in range(0, len(samples) - batch_size + 1, batch_size)]
     compared = ways(lengths)
     names = [WITHOUT, *(name for name in compared if not chosen or name in chosen)]

@@ -21,7 +21,7 @@ from vllm_lvspec.device import Clock, pinned, upload
 from vllm_lvspec.draft.batch import DraftBatch, take_rows
 from vllm_lvspec.draft.drafts import Drafted, Drafts
 from vllm_lvspec.draft.embeddings import EmbeddingCache, KeptEmbeddings
-from vllm_lvspec.draft.leftover import left_of
+from vllm_lvspec.draft.leftover import MOST_RECALLING, left_of
 from vllm_lvspec.draft.length import (
     PROMPT_MARGIN,
     Acceptance,
@@ -43,14 +43,10 @@ from vllm_lvspec.kernels.advance_decode import advance_decode
 
 # What is left of the most requests of a step after another one: a burst is expected again for some hundred steps.
 _MOST_LEFT = 0.998
-# Of no more requests at once it is tried whether what is left of their last drafts is drafted again: a forward is
-# spared where all of them draft one token or more of it.
-MOST_RECALLING = 2
 # What is counted: requests and tokens drafted for, forwards of the model, tokens that were drafted without one because
-# they were left of the draft before, requests that could not be drafted for in a
-# step because no room was left in their length, no page in the pool, their visual embeddings can't be had, or because
-# drafting would not have paid or the target's logits have no room; and videos of which the strategy did not know what
-# it looks at.
+# they were left of the draft before, requests that could not be drafted for in a step because no room was left in their
+# length, no page in the pool, their visual embeddings can't be had, or because drafting would not have paid or the
+# target's logits have no room; and videos of which the strategy did not know what it looks at.
 COUNTS = (
     "drafted_requests", "drafted_tokens", "forwards", "recalled_tokens", "prefills", "skipped_length",
     "skipped_pool_full", "skipped_embeddings", "skipped_cost", "pruned_uniformly",
@@ -623,7 +619,7 @@ class Drafter:
         if guesses is None:
             at_hand = [self._catch_up(requests, plan is not None)]
         else:
-            at_hand = self._recall(requests, sequences, guesses, plan is not None)
+            at_hand = self._recall(requests, sequences, *guesses, plan is not None)
         drafts.caught_up = self.clock.mark()
         newest, batch = at_hand[0], None
         drafted = [newest]
@@ -700,9 +696,9 @@ class Drafter:
             factors[row] = history.factor
         return np.clip(self.acceptance.chances(probs) * factors, 0, 1)
 
-    def _guesses(self, requests: list[DraftRequest], lengths: list[int]) -> np.ndarray | None:
-        """What is left of the last drafts of all `requests`, and -1 behind it for whatever else is read at once: int64
-        `[num_requests, num_read - 1]`; None where it would not pay to ask what of it is drafted again."""
+    def _guesses(self, requests: list[DraftRequest], lengths: list[int]) -> tuple[np.ndarray, int] | None:
+        """What is left of the last drafts of all `requests`, int64 `[num_requests, num_guessed]`, and how many tokens
+        of each are read for it; None where it would not pay to ask what of it is drafted again."""
         if len(requests) > MOST_RECALLING:
             return None
         found = []
@@ -724,23 +720,28 @@ class Drafter:
         wanted = min(wanted, each - 1)
         if not self._recalling[num].pays(0.0 if self.costs is None else self.costs.per_guess * (each - 1)):
             return None
-        guesses = np.full((num, each - 1), -1)
-        guesses[:, :wanted] = [left[:wanted] for left in found]
-        return guesses
+        return np.array([left[:wanted] for left in found], dtype=np.int64), each
 
     def _recall(
-        self, requests: list[DraftRequest], sequences: list[DraftSequence], guesses: np.ndarray, with_probs: bool
+        self,
+        requests: list[DraftRequest],
+        sequences: list[DraftSequence],
+        guesses: np.ndarray,
+        each: int,
+        with_probs: bool,
     ) -> list[NextTokens]:
-        """The first drafted tokens, and further ones while these are what was guessed for all `requests`.
+        """The first drafted tokens, and further ones while these are what was guessed for all `requests`; of each one
+        `each` tokens are read.
 
         How many that are the host must know, and waits for it: no longer than for one forward.
         """
         if self.model.copies:
             self._copy(requests, sequences)
-        newest = np.array([[request.token_ids[-1]] for request in requests], dtype=np.int64)
-        tokens = np.concatenate([newest, np.maximum(guesses, 0)], axis=1)
-        num_guessed = int((guesses[0] >= 0).sum())
-        batch = self._decode_batch(requests, sequences, tokens.flatten(), tokens.shape[1], num_kept=1 + num_guessed)
+        num_guessed = guesses.shape[1]
+        tokens = np.zeros((len(requests), each), dtype=np.int64)
+        tokens[:, 0] = [request.token_ids[-1] for request in requests]
+        tokens[:, 1 : 1 + num_guessed] = guesses
+        batch = self._decode_batch(requests, sequences, tokens.flatten(), each, num_kept=1 + num_guessed)
         batch.asks_all = True
         found = self.model.forward(batch, with_probs)
         self.counts["forwards"] += 1
@@ -749,7 +750,7 @@ class Drafter:
         on_host = found.token_ids.to("cpu", non_blocking=True)
         self.clock.wait(self.clock.mark())
         drafted = on_host.view(tokens.shape).numpy()
-        num_right = int((drafted[:, :-1] == guesses).cumprod(axis=1).sum(axis=1).min())
+        num_right = int((drafted[:, :num_guessed] == guesses).cumprod(axis=1).sum(axis=1).min())
         ids, probs = (None if values is None else values.view(tokens.shape) for values in found)
         assert ids is not None
         return [NextTokens(ids[:, i], None if probs is None else probs[:, i]) for i in range(num_right + 1)]
@@ -877,15 +878,13 @@ class Drafter:
         deltas = [s.num_hidden + self._prompts[r.req_id].delta for r, s in zip(requests, sequences, strict=True)]
         places = np.concatenate([e + delta for e, delta in zip(entries, deltas, strict=True)])
         dims = len(self._prompts[requests[0].req_id].positions)
-        num_nowhere = 0 if num_kept is None else each - num_kept
-        slots = np.concatenate(
-            [
-                np.append(self._slots(s, e[: each - num_nowhere]), np.full(num_nowhere, NO_SLOT))
-                for s, e in zip(sequences, entries, strict=True)
-            ]
-        )
+        slots = np.full((len(sequences), each), NO_SLOT, dtype=np.int64)
+        for row, sequence, own in zip(slots, sequences, entries, strict=True):
+            row[:num_kept] = self._slots(sequence, own[:num_kept])
         ends = [s.num_cached + num_ahead + each for s in sequences]
-        return self._batch(np.tile(places, (dims, 1)), slots, [each] * len(sequences), ends, sequences, tokens)
+        return self._batch(
+            np.tile(places, (dims, 1)), slots.flatten(), [each] * len(sequences), ends, sequences, tokens
+        )
 
     def _batch(
         self,

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+# Of no more requests at once it is tried: a forward is spared where all of them draft a token or more of what is left.
+MOST_RECALLING = 2
+
 
 def left_of(draft: Sequence[int], said: Sequence[int]) -> list[int]:
     """Tokens of `draft` that may follow again behind `said`, all that was said since; none where that is no part of it

@@ -34,7 +34,7 @@ from vllm.v1.worker.workspace import (
 )
 
 from vllm_lvspec.draft.batch import DraftBatch
-from vllm_lvspec.draft.drafter import MOST_RECALLING
+from vllm_lvspec.draft.leftover import MOST_RECALLING
 from vllm_lvspec.draft.pages import NO_SLOT
 
 if TYPE_CHECKING:
