@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,20 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     if cores:
         os.sched_setaffinity(0, cores)
         os.environ["OMP_NUM_THREADS"] = str(len(cores))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _same_environment() -> Iterator[None]:
+    """No module's engines run as another module has asked for, whichever share a process."""
+    from vllm import envs
+
+    def asked() -> list[str | None]:  # others are vLLM's own to set
+        return [os.environ.get(name) for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER")]
+
+    envs.disable_envs_cache()
+    before = asked()
+    yield
+    assert asked() == before
 
 
 @pytest.fixture(scope="session")

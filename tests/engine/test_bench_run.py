@@ -7,7 +7,6 @@ import jsonschema
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
-from vllm import envs
 
 from vllm_lvspec.bench import growth, lengths, overhead
 from vllm_lvspec.bench.command import BenchOptions, run_bench
@@ -118,9 +117,7 @@ def test_the_command_names_wrong_options():
     assert "policies='fast': must be of ar, ngram, strict" in result.output.replace("\n", " ")
 
 
-def test_lengths_of_drafts_are_compared_with_vllm_without_speculation_in_one_process(monkeypatch):
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that it is set back
-    envs.disable_envs_cache()  # the last engine's, in which vLLM reads its environment once
+def test_lengths_of_drafts_are_compared_with_vllm_without_speculation_in_one_process():
     samples = videofacts(4, 72, ("choice", "question"))
     found = lengths.measure("qwen2_5_vl", None, "strict", [4, 8], samples, 2, warm_up=2)
     assert list(found)[:2] == [lengths.WITHOUT, "none"]
@@ -132,10 +129,7 @@ def test_lengths_of_drafts_are_compared_with_vllm_without_speculation_in_one_pro
     assert all(group.wall_seconds > 0 and group.decode_seconds > 0 for groups in found.values() for group in groups)
 
 
-def test_what_the_plugin_adds_to_steps_is_measured_beside_vllms_own(monkeypatch):
-    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER"):
-        monkeypatch.setenv(name, "0")  # so that they are set back
-    envs.disable_envs_cache()
+def test_what_the_plugin_adds_to_steps_is_measured_beside_vllms_own():
     found = overhead.measure("qwen2_5_vl", None, "strict", videofacts(6, 74, ("question",)), 2, None)
     without, other = found[overhead.WITHOUT], found[overhead.WITH]
     assert without.num_steps == other.num_steps and min(without.num_steps.values()) > 1
@@ -146,9 +140,7 @@ def test_what_the_plugin_adds_to_steps_is_measured_beside_vllms_own(monkeypatch)
     assert -1 < overhead.overhead(without, other, "decode") < 1
 
 
-def test_what_steps_cost_is_measured_over_videos_answers_and_requests(tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that it is set back
-    envs.disable_envs_cache()
+def test_what_steps_cost_is_measured_over_videos_answers_and_requests(tmp_path):
     options = growth.GrowthOptions(
         json_path=tmp_path / "growth.json",
         targets=[growth.Model(None, None)],
@@ -182,9 +174,7 @@ def test_what_steps_cost_is_measured_over_videos_answers_and_requests(tmp_path, 
     assert (tmp_path / "growth.png").stat().st_size > 1000
 
 
-def test_what_vllm_refuses_ends_a_run_with_its_words(tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    envs.disable_envs_cache()
+def test_what_vllm_refuses_ends_a_run_with_its_words(tmp_path):
     options = growth.GrowthOptions(
         json_path=tmp_path / "growth.json",
         targets=[growth.Model(None, None)],

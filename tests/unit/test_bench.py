@@ -17,6 +17,7 @@ import torch
 import typer
 from rich.console import Console
 from typer.testing import CliRunner
+from vllm import envs
 
 from vllm_lvspec.bench import lengths, run, served
 from vllm_lvspec.bench.command import (
@@ -34,7 +35,7 @@ from vllm_lvspec.bench.page import page
 from vllm_lvspec.bench.peers import PEERS, DraftSettings, PeerError, speculative_config
 from vllm_lvspec.bench.report import figure, markdown, pareto, plot, plot_profile, profile
 from vllm_lvspec.bench.results import Environment, Report, Settings, json_schema, summarise
-from vllm_lvspec.bench.run import Answer, Journal, JournalError, PolicyRun, StepTimes
+from vllm_lvspec.bench.run import Answer, Journal, JournalError, PolicyRun, StepTimes, within_reach
 from vllm_lvspec.bench.samples import DatasetError, dataset, videofacts
 from vllm_lvspec.bench.videofacts.scene import Scene, write_mp4
 from vllm_lvspec.config import MAX_SPECULATIVE_TOKENS, LVSpecConfig
@@ -175,6 +176,22 @@ def test_intervals_are_over_videos_and_hold_the_figure():
     assert low < 4000 / steps.sum() < high
     assert high - low < 1
     assert result.retention is None and result.speedup is None and result.same_answers is None and result.bound is None
+
+
+@pytest.mark.parametrize("said", [None, "1"])
+def test_engines_are_in_this_process_only_while_they_are_asked_to_be(said, monkeypatch):
+    name = "VLLM_ENABLE_V1_MULTIPROCESSING"
+    monkeypatch.setenv(name, "1")
+    if said is None:
+        monkeypatch.delenv(name)
+    assert envs.VLLM_ENABLE_V1_MULTIPROCESSING
+    envs.enable_envs_cache()  # as engines do
+    with within_reach(VLLM_USE_V2_MODEL_RUNNER="0"):
+        assert not envs.VLLM_ENABLE_V1_MULTIPROCESSING
+        assert envs.VLLM_USE_V2_MODEL_RUNNER is False
+        envs.enable_envs_cache()
+    assert os.environ.get(name) == said and "VLLM_USE_V2_MODEL_RUNNER" not in os.environ
+    assert envs.VLLM_ENABLE_V1_MULTIPROCESSING
 
 
 def test_without_truth_there_are_no_facts():

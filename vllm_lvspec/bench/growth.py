@@ -8,7 +8,6 @@ answer, so that they share the machine's good and bad minutes, and every prompt 
 
 from __future__ import annotations
 
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ from transformers import AutoConfig
 from vllm_lvspec.bench.command import LARGEST_BLOCK, BenchError, environment, kv_cache_bytes
 from vllm_lvspec.bench.lengths import SteeredDrafter, answer, give_shape, ratios
 from vllm_lvspec.bench.results import Environment, Interval, StrictModel
-from vllm_lvspec.bench.run import has_plugin, prompt_writer, running_engine, turned
+from vllm_lvspec.bench.run import has_plugin, prompt_writer, running_engine, turned, within_reach
 from vllm_lvspec.bench.samples import Sample, Video, videofacts
 from vllm_lvspec.bench.videofacts.scene import video_item
 from vllm_lvspec.config import MAX_SPECULATIVE_TOKENS, METHOD
@@ -207,7 +206,6 @@ def run_growth(options: GrowthOptions, console: Console, command: Sequence[str] 
     """
     _check(options)
     here = environment(command)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the drafter must be within reach
     report = GrowthReport(
         environment=here,
         settings=GrowthSettings(
@@ -400,7 +398,8 @@ def _in_own_process(measure: Callable[..., Result], *arguments: Any) -> Result:
 
 def _sent(measure: Callable[..., Result], *arguments: Any) -> Result:
     try:
-        return measure(*arguments)
+        with within_reach():
+            return measure(*arguments)
     except ValidationError as error:  # which can't be sent to another process
         raise BenchError(" ".join(str(error).split())) from None
 

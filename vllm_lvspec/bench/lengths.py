@@ -8,7 +8,6 @@ with which all are compared.
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_lvspec.bench.run import prompt_writer, running_engine, turned
+from vllm_lvspec.bench.run import prompt_writer, running_engine, turned, within_reach
 from vllm_lvspec.bench.samples import Sample, videofacts
 from vllm_lvspec.config import METHOD
 from vllm_lvspec.draft.drafts import Drafts
@@ -158,7 +157,6 @@ def measure(
     Each is asked `repeats` times in each way, in turn. Besides vLLM's own, only `chosen` ways are compared, or all. The
     drafter runs at the cost of `drafter_shape`.
     """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the drafter must be within reach
     pair = PAIRS[family]
     model, arguments = target_engine(family, shape, batch_size)
     config: dict[str, Any] = {
@@ -172,6 +170,7 @@ def measure(
     names = [WITHOUT, *(name for name in compared if not chosen or name in chosen)]
     found: dict[str, list[Measured]] = defaultdict(list)
     with (
+        within_reach(),
         running_engine(model, None, batch_size, arguments) as without,
         running_engine(model, config, batch_size, arguments) as llm,
     ):

@@ -6,7 +6,6 @@ memory they happen to lie, which is more than what is looked for here.
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_lvspec.bench.lengths import answer, target_engine
-from vllm_lvspec.bench.run import prompt_writer, running_engine, turned
+from vllm_lvspec.bench.run import prompt_writer, running_engine, turned, within_reach
 from vllm_lvspec.bench.samples import Sample, videofacts
 from vllm_lvspec.config import METHOD
 from vllm_lvspec.engine.profile import DECODE, FORWARDS, PROMPT, StepProfile
@@ -37,12 +36,12 @@ def measure(
     `drafts`: `fixed` or `adaptive`, where they pay; None: nothing is drafted. Without videos their questions alone are
     asked.
     """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the runners must be within reach
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # custom proposers run on the first one, with which they are compared
     model, arguments = target_engine(family, shape, batch_size)
     config = {"method": METHOD, "model": str(PAIRS[family].draft), "policy": policy, "draft_length": drafts or "fixed"}
     groups = [samples[i : i + batch_size] for i in range(0, len(samples) - batch_size + 1, batch_size)]
     with (
+        # Custom proposers run on vLLM's first runner, with which they are compared.
+        within_reach(VLLM_USE_V2_MODEL_RUNNER="0"),
         running_engine(model, None, batch_size, arguments) as without,
         running_engine(model, config, batch_size, arguments) as llm,
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -235,6 +236,29 @@ class _Engine:
         for _ in self.ask("", samples[: max(NUM_PROFILED, self.batch_size)]):
             pass
         return self.llm.collective_rpc("lvspec_stop_profile")[0]
+
+
+@contextmanager
+def within_reach(**variables: str) -> Iterator[None]:
+    """Engines that start in here run in this process, with `variables` in its environment, which is then set back.
+
+    Engines that start behind it have processes of their own again: not all that vLLM can run may share one.
+    """
+    from vllm import envs
+
+    variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    before = {name: os.environ.get(name) for name in variables}
+    envs.disable_envs_cache()  # an engine's before, since which vLLM does not look any more
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        envs.disable_envs_cache()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
