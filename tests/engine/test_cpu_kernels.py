@@ -1,12 +1,15 @@
 """vLLM's kernels for CPUs that are replaced, and why they are."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from vllm.platforms import current_platform
+from vllm.triton_utils.dispatcher import KernelOverride, register_kernels
 from vllm.utils import cpu_triton_utils as stock
 from vllm.v1.sample import rejection_sampler
 
-from vllm_lvspec.engine import cpu_kernels
 from vllm_lvspec.engine.cpu_kernels import expand, register_cpu_kernels, rejection_random_sample
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="replaced on CPUs only")
@@ -66,13 +69,45 @@ def test_vllms_own_version_still_accepts_padding_else_this_replacement_can_go():
     assert sample(stock._rejection_random_sample_kernel_impl, [-1, -1, -1], [0.5, 0.5, 0.5])[0] == -1
 
 
-def test_they_are_replaced_once_and_again_only_where_vllm_has_put_its_own_back(monkeypatch):
+LAUNCHERS = {"_expand": expand, "_rejection_random_sample": rejection_random_sample}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """`launched()`: the functions behind both kernels. They are again what they were in the end."""
+    for name in LAUNCHERS:
+        launcher = getattr(rejection_sampler, name)
+        monkeypatch.setattr(launcher, "kernel", launcher.kernel)
+    return lambda: {name: getattr(rejection_sampler, name).kernel.func for name in LAUNCHERS}
+
+
+def test_they_are_replaced_once_and_stay_where_another_engine_has_vllm_replace_its_own(launched):
+    current_platform.register_triton_kernel_overrides()
     register_cpu_kernels()
-    assert rejection_sampler.expand_kernel.func is expand
-    registered = []
-    monkeypatch.setattr(cpu_kernels, "register_kernels", registered.append)
+    assert launched() == LAUNCHERS
+    first = rejection_sampler._expand.kernel
+    current_platform.register_triton_kernel_overrides()
     register_cpu_kernels()
-    assert not registered
-    monkeypatch.setattr(rejection_sampler, "expand_kernel", object())
+    assert launched() == LAUNCHERS and rejection_sampler._expand.kernel is first
+
+
+def test_what_samples_launches_them():
     register_cpu_kernels()
-    assert len(registered) == 1
+    output = rejection_sampler.expand_batch_to_tokens(
+        torch.tensor([0.5, 0.0, 0.7]), torch.tensor([1, 3, 4], dtype=torch.int32), 4, 0, 1
+    )
+    assert output.tolist() == pytest.approx([0.5, 1, 1, 0.7])
+
+
+def test_they_are_replaced_beside_what_vllms_own_registry_still_fails_at(launched, monkeypatch):
+    """llvmlite has an object that says of every name, `__dict__` among them, that it has it, and gives a function."""
+    beside = ModuleType("beside")
+    beside.lib = type("Lib", (), {"__slots__": (), "__getattr__": lambda self, name: len})()
+    monkeypatch.setitem(sys.modules, "beside", beside)
+    with pytest.raises(AttributeError, match="'get'"):
+        register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": stock._expand_kernel_impl})
+    for name in LAUNCHERS:
+        launcher = getattr(rejection_sampler, name)
+        launcher.kernel = KernelOverride(launcher.kernel, stock._expand_kernel_impl)
+    register_cpu_kernels()
+    assert launched() == LAUNCHERS

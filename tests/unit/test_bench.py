@@ -722,17 +722,16 @@ def turn_engines(monkeypatch):
 
     @contextmanager
     def running_engine(model, config, batch_size, arguments):
-        yield TurnEngine(config["policy"] if config else "ar")
+        yield TurnEngine(config.get("policy", "ngram") if config else "ar")
 
     for name, fake in (("_ask", ask), ("running_engine", running_engine), ("prompt_writer", lambda llm: None)):
         monkeypatch.setattr(run, name, fake)
     monkeypatch.setattr(run, "_counters", lambda llm: None)
 
 
-def run_on_fakes(tmp_path, samples, batch_size=2, **how) -> dict[str, PolicyRun]:
+def run_on_fakes(tmp_path, samples, batch_size=2, policies=("ar", "strict"), **how) -> dict[str, PolicyRun]:
     journal = Journal(tmp_path / "out.partial", {})
-    return run.run_policies(["ar", "strict"], samples, "target", DraftSettings("draft"), batch_size, 8, 0, {}, journal,
-                            **how)  # fmt: skip
+    return run.run_policies(policies, samples, "target", DraftSettings("draft"), batch_size, 8, 0, {}, journal, **how)
 
 
 def test_side_by_side_all_are_asked_in_turn(turn_engines, tmp_path):
@@ -748,6 +747,14 @@ def test_one_after_another_each_is_asked_everything(turn_engines, tmp_path):
     samples = videofacts(3, 1, ["choice"])
     run_on_fakes(tmp_path, samples)
     assert [policy for policy, _ in TurnEngine.asked] == ["ar"] * 3 + ["strict"] * 3
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_no_engine_starts_behind_that_of_ngrams(side_by_side, turn_engines, tmp_path):
+    started: list[str] = []
+    found = run_on_fakes(tmp_path, videofacts(1, 1, ["choice"]), policies=["ar", "ngram", "strict"],
+                         on_start=started.append, side_by_side=side_by_side)  # fmt: skip
+    assert started == ["ar", "strict", "ngram"] and list(found) == ["ar", "ngram", "strict"]
 
 
 def test_a_stopped_run_makes_up_for_the_profile_alone(turn_engines, tmp_path, monkeypatch):

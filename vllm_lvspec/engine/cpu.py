@@ -35,8 +35,6 @@ class LVSpecCPUModelRunner(LVSpecGPUModelRunner, CPUModelRunner):
     _discarded_generators: dict[int, torch.Tensor]
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        # Whoever starts another engine in this process has vLLM register its own kernels again.
-        register_cpu_kernels()
         # A seeded request that is still being prefilled samples a token that is thrown away; vLLM then turns its
         # generator back with `get_offset`, which generators for CPUs don't have. The whole state does it, too.
         self._discarded_generators = self._states_of_discarded_generators()

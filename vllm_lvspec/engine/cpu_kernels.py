@@ -3,7 +3,7 @@
 `expand_kernel` writes temperature, top-k and top-p of each request to its drafted tokens; vLLM's version for CPUs
 writes into a converted copy unless the values are int64, and what the sampler then reads was never written. The other
 kernel takes vLLM's padding (drafted id -1) for a token, reads a probability outside its row, and may accept it. vLLM's
-versions for GPUs do neither. Both are replaced through vLLM's own registry of platform kernels.
+versions for GPUs do neither. Both are replaced where they are launched, as vLLM replaces Triton's kernels on CPUs.
 """
 
 from __future__ import annotations
@@ -12,12 +12,9 @@ from typing import Any
 
 import torch
 from vllm.triton_utils import HAS_TRITON
-from vllm.triton_utils.dispatcher import register_kernels
+from vllm.triton_utils.dispatcher import KernelOverride
 from vllm.utils import cpu_triton_utils
 from vllm.v1.sample import rejection_sampler
-
-EXPAND = "vllm.v1.sample.rejection_sampler.expand_kernel"
-RANDOM_SAMPLE = "vllm.v1.sample.rejection_sampler.rejection_random_sample_kernel"
 
 
 def expand(
@@ -64,8 +61,17 @@ def rejection_random_sample(
 
 
 def register_cpu_kernels() -> None:
-    """Replace vLLM's versions; needless where Triton itself runs on the CPU, or where they are replaced already."""
-    # vLLM looks through all modules to register one: not to be done in every step.
-    is_ours = getattr(rejection_sampler.expand_kernel, "func", None) is expand
-    if not HAS_TRITON and not is_ours:
-        register_kernels({EXPAND: expand, RANDOM_SAMPLE: rejection_random_sample})
+    """Replace vLLM's versions for good; needless where Triton itself runs on the CPU.
+
+    What launches a kernel is given another one. vLLM's `register_kernels` does that, too, but whoever starts one more
+    engine in this process has it done again with vLLM's own; and it fails where llvmlite is among the modules that it
+    looks through, which comes with n-gram drafts of an engine beside.
+    """
+    if HAS_TRITON:
+        return
+    for launcher, kernel in (
+        (rejection_sampler._expand, expand),
+        (rejection_sampler._rejection_random_sample, rejection_random_sample),
+    ):
+        if getattr(launcher.kernel, "func", None) is not kernel:
+            launcher.kernel = KernelOverride(launcher.kernel, kernel)
