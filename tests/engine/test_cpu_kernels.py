@@ -10,7 +10,7 @@ from vllm.triton_utils.dispatcher import KernelOverride, register_kernels
 from vllm.utils import cpu_triton_utils as stock
 from vllm.v1.sample import rejection_sampler
 
-from vllm_lvspec.engine.cpu_kernels import expand, register_cpu_kernels, rejection_random_sample
+from vllm_lvspec.engine.cpu_kernels import expand, rejection_random_sample, replace_cpu_kernels
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="replaced on CPUs only")
 
@@ -83,16 +83,16 @@ def launched(monkeypatch):
 
 def test_they_are_replaced_once_and_stay_where_another_engine_has_vllm_replace_its_own(launched):
     current_platform.register_triton_kernel_overrides()
-    register_cpu_kernels()
+    replace_cpu_kernels()
     assert launched() == LAUNCHERS
     first = rejection_sampler._expand.kernel
     current_platform.register_triton_kernel_overrides()
-    register_cpu_kernels()
+    replace_cpu_kernels()
     assert launched() == LAUNCHERS and rejection_sampler._expand.kernel is first
 
 
 def test_what_samples_launches_them():
-    register_cpu_kernels()
+    replace_cpu_kernels()
     output = rejection_sampler.expand_batch_to_tokens(
         torch.tensor([0.5, 0.0, 0.7]), torch.tensor([1, 3, 4], dtype=torch.int32), 4, 0, 1
     )
@@ -109,5 +109,5 @@ def test_they_are_replaced_beside_what_vllms_own_registry_still_fails_at(launche
     for name in LAUNCHERS:
         launcher = getattr(rejection_sampler, name)
         launcher.kernel = KernelOverride(launcher.kernel, stock._expand_kernel_impl)
-    register_cpu_kernels()
+    replace_cpu_kernels()
     assert launched() == LAUNCHERS

@@ -23,7 +23,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_lvspec.engine import sampler
-from vllm_lvspec.engine.cpu_kernels import register_cpu_kernels
+from vllm_lvspec.engine.cpu_kernels import replace_cpu_kernels
 from vllm_lvspec.engine.memory import BYTES_PER_LOGIT, BYTES_PLANNED_BY_VLLM, verify_rows
 from vllm_lvspec.engine.sampler import LVSpecRejectionSampler
 
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="beside ke
 def _kernels() -> None:
     current_platform.import_kernels()
     current_platform.register_triton_kernel_overrides()
-    register_cpu_kernels()
+    replace_cpu_kernels()
 
 
 def ours(mode: str = "raw_logprobs", verification: Any = None) -> LVSpecRejectionSampler:

@@ -11,7 +11,7 @@ import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_lvspec.engine.cpu_kernels import register_cpu_kernels
+from vllm_lvspec.engine.cpu_kernels import replace_cpu_kernels
 from vllm_lvspec.engine.runner import LVSpecGPUModelRunner
 from vllm_lvspec.engine.worker import LVSpecWorker
 
@@ -19,7 +19,7 @@ from vllm_lvspec.engine.worker import LVSpecWorker
 class LVSpecCPUWorker(LVSpecWorker, CPUWorker):
     def init_device(self) -> None:
         super().init_device()
-        register_cpu_kernels()
+        replace_cpu_kernels()
         # vLLM builds its runner inside `init_device`; nothing has been loaded into it yet.
         self.model_runner = LVSpecCPUModelRunner(self.vllm_config, torch.device("cpu"))
 

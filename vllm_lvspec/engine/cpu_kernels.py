@@ -60,7 +60,7 @@ def rejection_random_sample(
     )
 
 
-def register_cpu_kernels() -> None:
+def replace_cpu_kernels() -> None:
     """Replace vLLM's versions for good; needless where Triton itself runs on the CPU.
 
     What launches a kernel is given another one. vLLM's `register_kernels` does that, too, but whoever starts one more
