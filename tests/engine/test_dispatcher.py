@@ -16,7 +16,7 @@ from vllm.forward_context import BatchDescriptor
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_lvspec.draft.length import StepCosts
+from vllm_lvspec.draft.costs import StepCosts
 from vllm_lvspec.engine.dispatcher import SIZES, DecodeDispatcher, tokens_each
 from vllm_lvspec.engine.placeholders import PADDING_TOKEN_ID
 from vllm_lvspec.engine.runner import LVSpecGPUModelRunner
@@ -119,20 +119,20 @@ PADDED = {  # by lengths of drafts, whether padding makes one graph of their ste
 @pytest.mark.parametrize(("lens", "is_padded"), PADDED.values(), ids=PADDED)
 def test_drafts_are_padded_where_that_makes_one_graph_and_costs_little(lens, is_padded):
     runner = ours()
-    runner.num_spec_tokens, runner.drafter = K, SimpleNamespace(drafter=SimpleNamespace(costs=None))
+    runner.num_spec_tokens, runner.drafter = K, SimpleNamespace(drafter=SimpleNamespace(payoff=SimpleNamespace(costs=None)))
     runner.input_batch.num_tokens_no_spec = np.full(16, 100)
     drafts = [[7] * length for length in lens]
     want = [[7] * length + [PADDING_TOKEN_ID] * (K - length) if length else [] for length in lens]
     assert runner._in_one_graph(drafts) == (want if is_padded else drafts)
     for slope, in_pieces, pays in ((0.0001, 0.1, True), (0.1, 0.1, False), (0.1, 100.0, True)):  # seconds a row more
         pieces = [1 + in_pieces, 1 + in_pieces + slope]
-        runner.drafter.drafter.costs = StepCosts([1, 2], [1, 1 + slope], [0.0, 0.0], pieces=pieces)
+        runner.drafter.drafter.payoff.costs = StepCosts([1, 2], [1, 1 + slope], [0.0, 0.0], pieces=pieces)
         assert runner._in_one_graph(drafts) == (want if is_padded and pays else drafts)
 
 
 def test_a_single_draft_that_has_a_graph_is_not_padded():
     runner = ours(has_parts=True)
-    runner.num_spec_tokens, runner.drafter = K, SimpleNamespace(drafter=SimpleNamespace(costs=None))
+    runner.num_spec_tokens, runner.drafter = K, SimpleNamespace(drafter=SimpleNamespace(payoff=SimpleNamespace(costs=None)))
     assert runner._in_one_graph([[7] * 4]) == [[7] * 4]
     assert runner._in_one_graph([[7] * 4, [7] * 4]) == [[7] * 4 + [PADDING_TOKEN_ID] * (K - 4)] * 2
 
@@ -209,7 +209,7 @@ def test_what_steps_cost_is_measured_over_batches_that_have_graphs(max_num_seqs,
     runner = ours(most=704, max_num_seqs=max_num_seqs)
     runner.num_spec_tokens = CHAIN - 1
     runner.scheduler_config = SimpleNamespace(max_num_seqs=max_num_seqs)
-    runner.drafter = SimpleNamespace(drafter=SimpleNamespace(most_rows=budget))
+    runner.drafter = SimpleNamespace(drafter=SimpleNamespace(payoff=SimpleNamespace(most_rows=budget)))
     batches = runner._batches_measured()
     assert [num_requests * each for num_requests, each in batches] == rows
     for num_requests, each in batches:

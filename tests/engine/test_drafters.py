@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from workload import LLAVA, QWEN, Family, Request, generate_requests, token_ids, turn, video
 
 from vllm_lvspec.bench.samples import videofacts
-from vllm_lvspec.draft.length import Corrections, StepCosts
+from vllm_lvspec.draft.costs import Corrections, StepCosts
 from vllm_lvspec.engine import draft_model, scoring
 from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
 from vllm_lvspec.engine.runner import LVSpecGPUModelRunner
@@ -170,14 +170,14 @@ def nothing_left(engine: Engine) -> None:
     runner = runner_of(engine)
     drafter = runner.drafter.drafter
     assert not runner.scores._prompts
-    assert not drafter.sequences and not drafter._prompts and not drafter._undraftable and not drafter._histories
+    assert not drafter.sequences and not drafter._prompts and not drafter._undraftable and not drafter.payoff.histories
 
 
 def test_drafts_as_long_as_they_pay_change_no_output(engines, oracle):
     count = 45
     want = oracle(QWEN, count, 2)
     engine = engines(QWEN, drafter=0, lvspec={**AS_FAR_AS_PAYS, "pruning": "attention"}, **STRESS)
-    costs = runner_of(engine).drafter.drafter.costs
+    costs = runner_of(engine).drafter.drafter.payoff.costs
     assert all(seconds > 0 for seconds in (*costs.target, *costs.draft))
     got = engine.run(generate_requests(QWEN, count, seed=2), (8, 3, 8, 1))
     assert token_ids(got) == token_ids(want)
@@ -191,7 +191,7 @@ def test_drafts_as_long_as_they_pay_change_no_output(engines, oracle):
 def test_what_steps_cost_in_pieces_is_known_where_they_can_be_graphs(engines, monkeypatch):
     engine = engines(QWEN, drafter=0, lvspec={**AS_FAR_AS_PAYS, "pruning": "attention"}, **STRESS)
     proposer = runner_of(engine).drafter
-    monkeypatch.setattr(proposer.drafter, "costs", None)
+    monkeypatch.setattr(proposer.drafter.payoff, "costs", None)
     batches, chain = [(1, 1), (2, 1), (1, 11), (2, 11)], 11
 
     def seconds(num_requests: int, each: int, context: int, in_pieces: bool = False) -> float:
@@ -200,7 +200,7 @@ def test_what_steps_cost_in_pieces_is_known_where_they_can_be_graphs(engines, mo
         return max(1.1, device) if in_pieces else device  # the host's, unless the device takes longer
 
     proposer.measure_costs(seconds, batches, lambda num_requests, each: num_requests * each <= 11)
-    costs = proposer.drafter.costs
+    costs = proposer.drafter.payoff.costs
     for rows, more in ((1, 0.09), (2, 0.08), (11, 0.0), (22, 0.0)):
         asked = costs.of_verification(rows, 100, 0), costs.of_pieces(rows, 100, 0)
         assert asked[1] - asked[0] == pytest.approx(more, abs=1e-4)
@@ -208,12 +208,12 @@ def test_what_steps_cost_in_pieces_is_known_where_they_can_be_graphs(engines, mo
     assert costs.scaled(2.0, 1.0, 1.0, 1.0).pieces == [2 * value for value in costs.pieces]
     taken = costs.of_pieces(1, 0, 0)
     for in_pieces, factor in ((True, 1.0), (False, 1.1 / 1.01)):  # what is foretold by the wrong price is corrected
-        monkeypatch.setattr(proposer.drafter, "corrections", Corrections())
+        monkeypatch.setattr(proposer.drafter.payoff, "corrections", Corrections())
         for _ in range(40):
             proposer.note_step(taken, 1, 1, 0, in_pieces)
-        assert proposer.drafter.corrections.factor("target", 1) == pytest.approx(factor, rel=1e-3)
+        assert proposer.drafter.payoff.corrections.factor("target", 1) == pytest.approx(factor, rel=1e-3)
     proposer.measure_costs(seconds, batches, lambda num_requests, each: False)
-    costs = proposer.drafter.costs
+    costs = proposer.drafter.payoff.costs
     assert costs.pieces is None
     assert costs.of_pieces(chain, 100, 0) == costs.of_verification(chain, 100, 0)
 
@@ -249,15 +249,15 @@ def test_a_target_of_two_ranks_drafts_for_itself_and_says_what_one_says(engines,
 
 
 def costs_of(worker: Any) -> StepCosts:
-    return worker.model_runner.drafter.drafter.costs
+    return worker.model_runner.drafter.drafter.payoff.costs
 
 
 def corrections_of(worker: Any) -> dict[tuple[str, int], float]:
-    return worker.model_runner.drafter.drafter.corrections._factors
+    return worker.model_runner.drafter.drafter.payoff.corrections._factors
 
 
 def draft_whether_it_pays_or_not(worker: Any, yes: bool) -> None:
-    worker.model_runner.drafter.drafter.only_if_faster = not yes
+    worker.model_runner.drafter.drafter.payoff.only_if_faster = not yes
 
 
 @pytest.mark.two_ranks
@@ -358,7 +358,7 @@ def test_a_target_that_no_partner_is_known_of_drafts_for_itself(engines):
     for request in requests:
         request.params = greedy(24)
         request.params.extra_args = {"lvspec_policy": "strict"}
-    drafter.costs = FREE
+    drafter.payoff.costs = FREE
     before = engine.stats()["drafted_tokens"]
     got = engine.run(requests)
     assert token_ids(got) == token_ids(engines(QWEN).run(requests))
@@ -383,7 +383,7 @@ def test_under_load_nothing_is_drafted_and_drafting_goes_on_when_it_is_over(draf
     before = engine.stats()
 
     def set_costs(costs: StepCosts) -> None:
-        engine.llm.collective_rpc(lambda worker: setattr(worker.model_runner.drafter.drafter, "costs", costs))
+        engine.llm.collective_rpc(lambda worker: setattr(worker.model_runner.drafter.drafter.payoff, "costs", costs))
 
     def counts() -> dict[str, int]:
         return {k: v - before[k] for k, v in engine.llm.collective_rpc("lvspec_stats")[0].items() if k in before

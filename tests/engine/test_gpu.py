@@ -210,7 +210,7 @@ def test_costs_are_measured_and_drafts_go_on_where_they_pay():
     """The default settings, as a server has them."""
     with running("qwen2_5_vl", lvspec={"policy": "lvspec", "only_if_faster": True}) as engine:
         got = ask(engine, "qwen2_5_vl", 6)
-        (costs,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter.costs)
+        (costs,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter.payoff.costs)
     assert costs is not None and costs.pieces is not None
     assert costs.pieces[0] > costs.target[0] > 0
     assert all(output.outputs[0].token_ids for output in got)
@@ -238,11 +238,11 @@ def test_drafts_of_different_length_are_padded_to_a_full_graph(alone):
 
         def padded_for_nothing(drafts: list[list[int]]) -> list[list[int]]:
             drafter = runner.drafter.drafter
-            costs, drafter.costs = drafter.costs, None
+            costs, drafter.payoff.costs = drafter.payoff.costs, None
             try:
                 return pad(drafts)
             finally:
-                drafter.costs = costs
+                drafter.payoff.costs = costs
 
         def watched(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             result = execute(scheduler_output, *args, **kwargs)

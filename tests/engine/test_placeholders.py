@@ -21,7 +21,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from workload import QWEN, Request, generate_requests, token_ids, turn, video
 
 from vllm_lvspec.draft.drafts import Drafted, Drafts
-from vllm_lvspec.draft.length import RequestHistory
+from vllm_lvspec.draft.learned import RequestHistory
 from vllm_lvspec.engine.placeholders import PADDING_TOKEN_ID, Placeholders, num_drafted, padded
 from vllm_lvspec.engine.runner import LVSpecGPUModelRunner
 from vllm_lvspec.reference import PAIRS

@@ -173,7 +173,7 @@ class Watched:
     def profile(self) -> None:
         """As a GPU's worker does before it sizes its cache; vLLM's own for CPUs looks at memory alone."""
         rows: list[int] = []
-        sampler, most_rows = self.runner.rejection_sampler, self.runner.drafter.drafter.most_rows
+        sampler, most_rows = self.runner.rejection_sampler, self.runner.drafter.drafter.payoff.most_rows
         with pytest.MonkeyPatch.context() as patch:
             forward = sampler.forward
             patch.setattr(sampler, "forward", lambda *args: rows.append(len(args[2])) or forward(*args))

@@ -38,7 +38,7 @@ def test_what_is_left_of_drafts_spares_forwards_and_changes_no_draft(family, set
     found = []
     for recalls in (True, False):
         drafts: list[list[list[int]]] = []
-        drafter.recalls = recalls
+        drafter.payoff.recalls = recalls
         drafter.finish = lambda started, drafts=drafts: (finish(started), drafts.append(started.tokens))
         before = drafter.counts.copy()
         answers = [
@@ -47,7 +47,7 @@ def test_what_is_left_of_drafts_spares_forwards_and_changes_no_draft(family, set
         one, before = drafter.counts - before, drafter.counts.copy()
         answers += [o.outputs[0].token_ids for o in engine.llm.generate(prompts[2:], params, use_tqdm=False)]
         found.append((answers, drafts, one, drafter.counts - before))
-    drafter.finish, drafter.recalls = finish, True
+    drafter.finish, drafter.payoff.recalls = finish, True
     (answers, drafts, one, two), (plain_answers, plain_drafts, plain_one, plain_two) = found
     assert answers == plain_answers and drafts == plain_drafts
     assert sum(len(draft) for step in drafts for draft in step) > 300
@@ -63,10 +63,10 @@ def test_what_is_left_of_drafts_spares_forwards_and_changes_no_draft(family, set
 def test_what_guesses_cost_is_measured_at_the_start(read, expected, engines, monkeypatch):
     proposer = runner_of(engines(QWEN, pair=True, lvspec={"policy": "strict"})).drafter
     model = proposer.drafter.model
-    monkeypatch.setattr(proposer.drafter, "costs", None)
+    monkeypatch.setattr(proposer.drafter.payoff, "costs", None)
     monkeypatch.setattr(
         model, "decode_seconds", lambda rows, context, tokens=1, with_probs=False: 1 + 0.05 * (tokens - 1)
     )
     monkeypatch.setattr(model, "chain_tokens", lambda num_requests, num_tokens: read)
     proposer.measure_costs(lambda *batch: 1.0, [(1, 1), (1, 11)], lambda *batch: False)
-    assert proposer.drafter.costs.per_guess == pytest.approx(expected)
+    assert proposer.drafter.payoff.costs.per_guess == pytest.approx(expected)

@@ -358,10 +358,11 @@ def _measure(
         config["draft_quantization"] = drafter.quantization
     with running_engine(model, config, most, arguments) as llm:
         steered = SteeredDrafter(llm)
-        steered.drafter.is_adaptive, steered.drafter.costs = False, None
+        payoff = steered.drafter.payoff
+        payoff.is_adaptive, payoff.costs = False, None
         accepted = _accepted(llm, steered, options)
         # What is left of drafts hangs on what is said, which further on means nothing.
-        steered.drafter.recalls = False
+        payoff.recalls = False
         points = []
         for place in _places(options):
             walked = _walk(llm, place, options, steered)

@@ -175,7 +175,7 @@ def measure(
         running_engine(model, config, batch_size, arguments) as llm,
     ):
         steered = SteeredDrafter(llm)
-        drafter = steered.drafter
+        payoff = steered.drafter.payoff
         write = prompt_writer(llm)
         for number, group in enumerate(groups):
             inputs = [write(sample) for sample in group]
@@ -185,9 +185,9 @@ def measure(
             for turn, name in itertools.product(range(repeats), turned(asked, number)):
                 engine = without if name == WITHOUT else llm
                 if name in compared:
-                    length, drafter.is_adaptive, drafter.only_if_faster, drafter.recalls = compared[name]
+                    length, payoff.is_adaptive, payoff.only_if_faster, payoff.recalls = compared[name]
                     steered.set_length(length)
-                    drafter.refusal = None  # it was another way's
+                    payoff.refusal = None  # it was another way's
                 requests = [f"{number}-{name}-{turn}-{sample.name}" for sample in group]
                 answered[name].append(answer(engine.llm_engine, requests, inputs))
             if is_measured:

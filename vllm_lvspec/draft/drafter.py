@@ -5,8 +5,6 @@ The drafter knows nothing of vLLM: requests come in as `DraftRequest`, the model
 
 from __future__ import annotations
 
-import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,27 +20,13 @@ from vllm_lvspec.draft.batch import DraftBatch, take_rows
 from vllm_lvspec.draft.drafts import Drafted, Drafts
 from vllm_lvspec.draft.embeddings import EmbeddingCache, KeptEmbeddings
 from vllm_lvspec.draft.leftover import MOST_RECALLING, left_of
-from vllm_lvspec.draft.length import (
-    PROMPT_MARGIN,
-    Acceptance,
-    Answers,
-    Corrections,
-    DraftPlan,
-    FixedChains,
-    Load,
-    Recalling,
-    Refusal,
-    RequestHistory,
-    StepCosts,
-    expected_tokens,
-    seconds_saved,
-)
 from vllm_lvspec.draft.pages import NO_SLOT, DraftSequence, PagePool
-from vllm_lvspec.draft.pruning import STRATEGIES, Strategy, VideoView, VisualGrid
+from vllm_lvspec.draft.payoff import Payoff
+from vllm_lvspec.draft.plan import DraftPlan
+from vllm_lvspec.draft.pruning import STRATEGIES, Strategy, VideoView
+from vllm_lvspec.draft.request import Candidate, DraftRequest, VisualItem
 from vllm_lvspec.kernels.advance_decode import advance_decode
 
-# What is left of the most requests of a step after another one: a burst is expected again for some hundred steps.
-_MOST_LEFT = 0.998
 # What is counted: requests and tokens drafted for, forwards of the model, tokens that were drafted without one because
 # they were left of the draft before, requests that could not be drafted for in a step because no room was left in their
 # length, no page in the pool, their visual embeddings can't be had, or because drafting would not have paid or the
@@ -51,49 +35,6 @@ COUNTS = (
     "drafted_requests", "drafted_tokens", "forwards", "recalled_tokens", "prefills", "skipped_length",
     "skipped_pool_full", "skipped_embeddings", "skipped_cost", "pruned_uniformly",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class VisualItem:
-    """One image or video in a prompt.
-
-    `rows`: indices among the prompt's tokens that its embeddings replace, ascending, int64 `[num_embeddings]`.
-    `payload` is what `DraftModel.encode` needs, or None where vLLM has stripped it; `seed` follows from the identifier.
-    """
-
-    identifier: str
-    is_video: bool
-    grid: VisualGrid
-    rows: np.ndarray
-    payload: Any
-    seed: int = 0
-
-
-@dataclass(slots=True)  # one is made for each request and step
-class DraftRequest:
-    """One running request: `token_ids [num_tokens]` are its prompt and all that was emitted, the newest token last.
-
-    `num_verified`: tokens of its last draft that were verified in this step. `ends`: tokens behind which drafting stops
-    where drafted tokens can be seen as they come; `is_done`: whether this step has emitted the answer's end.
-    `target_slots`: from places of tokens in the sequence (int64) to their slots in the target's KV cache, for models
-    that copy; all but the newest token are there.
-    """
-
-    req_id: str
-    token_ids: np.ndarray
-    num_prompt_tokens: int
-    items: Sequence[VisualItem]
-    prompt: Any  # what `DraftModel.prompt_positions` needs
-    max_draft_tokens: int  # what is left of the request's length behind another token of the target's own
-    num_verified: int = 0
-    ends: frozenset[int] = frozenset()
-    is_done: bool = False
-    target_slots: Callable[[np.ndarray], np.ndarray] | None = None
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether it is part of the next step."""
-        return not self.is_done and self.max_draft_tokens >= 0
 
 
 class NextTokens(NamedTuple):
@@ -164,9 +105,7 @@ class Drafter:
     """Owns the drafter's sequences, their pages and the visual embeddings.
 
     `scores(req_id)`: the target's scores of each item's tokens, None for items where it has none; for strategies that
-    ask the target. Once `costs` are known, drafts are only as long as they pay, but of `least_length` where there is
-    room (`is_adaptive`), and where none pays there are none (`only_if_faster`). The target has room for `most_rows` of
-    logits in a step, one of each request and one of each drafted token.
+    ask the target. `settings` are those of `Payoff`, which decides who is drafted for and how far.
     """
 
     def __init__(
@@ -176,38 +115,21 @@ class Drafter:
         ratio: float,
         max_embedding_bytes: int,
         scores: Callable[[str], Sequence[torch.Tensor | None]] | None = None,
-        *,
-        is_adaptive: bool = False,
-        only_if_faster: bool = False,
-        least_length: int = 1,
-        most_rows: int = sys.maxsize,
+        **settings: Any,
     ):
         self.model = model
         self.strategy = strategy
         self.ratio = ratio
-        self.is_adaptive = is_adaptive
-        self.only_if_faster = only_if_faster
-        self.least_length = least_length
-        self.most_rows = most_rows
         self.embeddings = EmbeddingCache(max_embedding_bytes)
         self.sequences: dict[str, DraftSequence] = {}
-        self.costs: StepCosts | None = None
-        self.acceptance = Acceptance()
-        self.chains = FixedChains()
-        self.answers = Answers()
-        self.corrections = Corrections()
-        self.recalls = True  # what is left of drafts
-        self._recalling = {num: Recalling() for num in range(1, MOST_RECALLING + 1)}  # requests that are drafted for
-        self._most_lately = 0.0  # requests that went on behind a step
-        self.refusal: Refusal | None = None  # to draft, while it stands
+        self.payoff = Payoff(self.sequences, **settings)
         self.clock = Clock(model.device)
         self.prefill_seconds = 0.0
-        # What drafts should take by `costs`, prompts apart: their first tokens, and all further ones; and what these
-        # have taken.
+        # What drafts should take by what is known of costs, prompts apart: their first tokens, and all further ones;
+        # and what these have taken.
         self.foretold_first = self.foretold_further = self.further_seconds = 0.0
         self._scores = scores
         self._prompts: dict[str, _Prompt] = {}
-        self._histories: dict[str, RequestHistory] = {}
         self._undraftable: set[str] = set()
         # To look at a drafted token before all are drafted would hold up a device that works by itself.
         self.sees_tokens = model.device.type == "cpu"
@@ -217,9 +139,7 @@ class Drafter:
         """Forget a request that was preempted, or has ended; unknown ones are fine. `num_emitted`: of one that says how
         long answers are."""
         self._drop(req_id)
-        self._histories.pop(req_id, None)
-        if num_emitted:
-            self.answers.learn(num_emitted)
+        self.payoff.release(req_id, num_emitted)
         self._undraftable.discard(req_id)
 
     def _drop(self, req_id: str) -> None:
@@ -232,12 +152,13 @@ class Drafter:
     @property
     def runs_ahead(self) -> bool:
         """Whether `start` comes back before the device is done."""
-        return not (self.sees_tokens or self._plans)
+        return not (self.sees_tokens or self.payoff.plans)
 
-    @property
-    def _plans(self) -> bool:
-        """Whether drafts end where another token would not pay."""
-        return self.is_adaptive and self.costs is not None
+    def rests(self, req_ids: Sequence[str]) -> bool:
+        """As `Payoff.rests`; those who go without are counted."""
+        rests = self.payoff.rests(req_ids)
+        self.counts["skipped_cost"] += len(req_ids) * rests
+        return rests
 
     def start(self, requests: Sequence[DraftRequest], num_speculative_tokens: int, num_prefilling: int = 0) -> Drafts:
         """Have at most `num_speculative_tokens` drafted for each request, none where it can't be drafted for.
@@ -246,7 +167,7 @@ class Drafter:
         target is reading, and which may have logits in the next step, too.
         """
         drafts = Drafts([0] * len(requests))
-        self._start(drafts, requests, num_speculative_tokens, self.most_rows - num_prefilling)
+        self._start(drafts, requests, num_speculative_tokens, self.payoff.most_rows - num_prefilling)
         drafts.end = self.clock.mark()
         return drafts
 
@@ -255,45 +176,35 @@ class Drafter:
     ) -> None:
         if not any(request.num_verified for request in requests) and self.rests([r.req_id for r in requests]):
             return
-        wanted: list[tuple[int, int]] = []  # draft length at most, index of the request
+        candidates: list[Candidate] = []
         for i, request in enumerate(requests):
             self._roll_back(request)
             room = self.model.max_model_len - len(request.token_ids)
             length = min(num_speculative_tokens, request.max_draft_tokens, room)
             if length < 1:
                 self.counts["skipped_length"] += 1
-                continue
-            if request.req_id in self._undraftable:
+            elif request.req_id in self._undraftable:
                 self.counts["skipped_embeddings"] += 1
-                continue
-            wanted.append((length, i))
-            if request.req_id not in self._histories:
-                self._histories[request.req_id] = RequestHistory()
+            else:
+                candidates.append(Candidate(i, request, length))
         batch = [request for request in requests if request.goes_on]
-        if self.costs is not None and wanted:
-            self._most_lately = max(len(batch), _MOST_LEFT * self._most_lately)
-            for _, i in wanted:
-                self._judge(requests[i], num_speculative_tokens)
-        wanted = [(length, i) for length, i in wanted if not requests[i].is_done]
-        if wanted:
-            wanted = self._fitting(requests, wanted, most_rows - len(batch))
-            if self.costs is not None and self.only_if_faster:
-                wanted = self._paying(requests, batch, wanted, num_speculative_tokens)
-        ready = [(length, i) for length, i in wanted if self._prepare(requests[i], length)]
+        self.payoff.learn(candidates, len(batch), num_speculative_tokens)
+        candidates = [candidate for candidate in candidates if not candidate.request.is_done]
+        if not candidates:
+            return
+        chosen = self.payoff.choose(candidates, batch, num_speculative_tokens, most_rows - len(batch))
+        self.counts["skipped_cost"] += len(candidates) - len(chosen)
+        ready = [candidate for candidate in chosen if self._prepare(candidate.request, candidate.length)]
         if not ready:
             return
-        ready.sort(key=lambda pair: -pair[0])
-        chosen = [requests[i] for _, i in ready]
-        plan = None
-        if self._plans:
-            names = {request.req_id for request in chosen}
-            others = [request for request in batch if request.req_id not in names]
-            plan = self._plan(chosen, others, num_speculative_tokens, most_rows)
+        ready.sort(key=lambda candidate: -candidate.length)
+        drafting = [candidate.request for candidate in ready]
+        plan = self.payoff.plan(drafting, batch, num_speculative_tokens, most_rows)
         drafts.drafted = [
-            Drafted(i, len(request.token_ids), self._histories[request.req_id], request.ends)
-            for request, (_, i) in zip(chosen, ready, strict=True)
+            Drafted(place, len(request.token_ids), self.payoff.history(request.req_id), request.ends)
+            for place, request, _ in ready
         ]
-        self._draft(drafts, chosen, [length for length, _ in ready], plan)
+        self._draft(drafts, drafting, [candidate.length for candidate in ready], plan)
         self.counts["drafted_requests"] += len(ready)
         self.counts["drafted_tokens"] += sum(drafts.lengths)
 
@@ -315,166 +226,6 @@ class Drafter:
             drafted.history.num_until_end = next(until_end, None)
             drafted.history.draft, drafted.history.drafted_behind = draft, drafted.num_tokens
 
-    # How far ------------------------------------------------------------------------------------------------------
-
-    def _judge(self, request: DraftRequest, max_length: int) -> None:
-        """Learn from what became of the request's last draft."""
-        history = self._histories[request.req_id]
-        num_tokens = len(request.token_ids)
-        # Every step emits one token more than it accepts, but for one in which a loose policy accepts the end.
-        num_accepted = num_tokens - history.num_tokens - 1
-        num_accepted += request.is_done and request.num_verified > 0 and history.num_until_end == num_accepted + 1
-        if self.is_adaptive:
-            self.acceptance.learn(history, num_accepted, request.num_verified)
-        elif history.num_tokens and request.num_verified in (max_length, history.num_until_end):
-            self.chains.learn(num_accepted, max_length)
-        history.num_tokens = num_tokens
-
-    def _fitting(
-        self, requests: Sequence[DraftRequest], wanted: list[tuple[int, int]], room: int
-    ) -> list[tuple[int, int]]:
-        """Those of `wanted` for whose drafts the target's logits have `room`.
-
-        Whose prompts have been read come first, then those of whose answers most is to come.
-        """
-        # How much longer drafts become that end where they no longer pay is seen to while they are made.
-        needed = [min(length, self.least_length) if self._plans else length for length, _ in wanted]
-        if sum(needed) <= room:
-            return wanted
-
-        def rank(j: int) -> float:
-            request = requests[wanted[j][1]]
-            is_known = request.req_id in self.sequences
-            return -math.inf if is_known else -self.answers.tokens_left(request.max_draft_tokens + 1)
-
-        chosen = []
-        for j in sorted(range(len(wanted)), key=rank):
-            if needed[j] <= room:
-                room -= needed[j]
-                chosen.append(wanted[j])
-        self.counts["skipped_cost"] += len(wanted) - len(chosen)
-        return chosen
-
-    def _paying(
-        self,
-        requests: Sequence[DraftRequest],
-        batch: Sequence[DraftRequest],
-        wanted: list[tuple[int, int]],
-        max_length: int,
-    ) -> list[tuple[int, int]]:
-        """Those of `wanted` who get what is left of all answers sooner with drafts, with prompts to be read first.
-
-        Whose prompt has been read drafts on where that pays for these few, in a `batch` where others may go without.
-        """
-        candidates = [requests[i] for _, i in wanted]
-        known = [j for j, request in enumerate(candidates) if request.req_id in self.sequences]
-        saved = self._seconds_saved(batch, [candidates[j] for j in known], max_length) if known else 0.0
-        chosen = known if saved > 0 else []
-        if len(known) < len(candidates):
-            joined = sorted([*known, *self._joining(batch, candidates, known, max(saved, 0.0), max_length)])
-            if len(joined) > len(known):
-                drafting = [candidates[j] for j in joined]
-                chosen = joined if self._seconds_saved(batch, drafting, max_length) > max(saved, 0.0) else chosen
-        self.counts["skipped_cost"] += len(wanted) - len(chosen)
-        num_steps = 1 if self.refusal is None else self.refusal.num_steps
-        self.refusal = None
-        if not chosen:
-            costs = self._doubt(candidates, num_steps)
-            # A request's last token has no draft, for which one step in pieces may not pay, and those behind it may.
-            if costs.pieces is None or all(request.max_draft_tokens for request in batch):
-                self.refusal = Refusal(costs, [request.req_id for request in batch])
-        return [wanted[j] for j in chosen]
-
-    def _joining(
-        self,
-        batch: Sequence[DraftRequest],
-        candidates: Sequence[DraftRequest],
-        known: Sequence[int],
-        saved: float,
-        max_length: int,
-    ) -> list[int]:
-        """Indices of those of `candidates` for whom it pays to read the prompt, where drafts of the `known` ones save
-        so many seconds per token already."""
-        assert self.costs is not None
-        new = sorted(set(range(len(candidates))).difference(known))
-        # What their drafts save is saved by all requests.
-        gain = (self._seconds_saved(batch, candidates, max_length) - saved) * len(batch) / len(new)
-        price = PROMPT_MARGIN * self.costs.prompt
-        # And it must not end when as many requests are here as lately: prompts of a burst come one after another.
-        if price and self._most_lately > len(batch):
-            gain = min(gain, self._seconds_saved(batch, candidates, max_length, self._most_lately))
-        return [j for j in new if gain * self.answers.tokens_left(candidates[j].max_draft_tokens + 1) > price]
-
-    def _seconds_saved(
-        self,
-        batch: Sequence[DraftRequest],
-        drafting: Sequence[DraftRequest],
-        max_length: int,
-        num_requests: float | None = None,
-    ) -> float:
-        """Per emitted token, where those `drafting` of a `batch` have drafts of the best length; or where there are
-        `num_requests` like these, of which as many have drafts as there is room for."""
-        whole = float(sum(len(request.token_ids) for request in batch))
-        target, draft = self._contexts(drafting)
-        load = Load(len(batch), len(drafting), whole, float(target.sum()), float(draft.sum()))
-        least = min(self.least_length, max_length) if self.is_adaptive else max_length
-        if num_requests is not None:
-            most = max(1, int(self.most_rows - num_requests) // least)
-            load = load.grown(num_requests, min(num_requests, most))
-        if self.is_adaptive:
-            most = int((self.most_rows - load.num_requests) // load.num_drafting)
-            most = min(max(most, least), max_length)
-            length: Any = np.arange(least, most + 1)
-            tokens: Any = expected_tokens(self._rates(drafting), most)[least - 1 :]
-        else:
-            length, tokens = max_length, self.chains.tokens(max_length)
-        costs = self._costs_now(int(load.num_requests), int(load.num_drafting))
-        return float(np.max(seconds_saved(costs, load, length, tokens, max_length)))
-
-    def rests(self, req_ids: Sequence[str]) -> bool:
-        """Whether a step of these requests, of which nothing was verified, goes without drafts by the last decision.
-
-        Can be asked before it is known what they are, which takes longer.
-        """
-        if self.refusal is None or self.costs is None or not self.only_if_faster:
-            return False
-        if not self.refusal.stands(self.costs, req_ids):
-            return False
-        self._most_lately = max(len(req_ids), _MOST_LEFT * self._most_lately)
-        self.counts["skipped_cost"] += len(req_ids)
-        return True
-
-    def _plan(
-        self, requests: Sequence[DraftRequest], others: Sequence[DraftRequest], max_length: int, most_rows: int
-    ) -> DraftPlan:
-        """What is known of the chances of `requests`, and what drafting for them costs in a batch with `others`."""
-        assert self.costs is not None
-        # Each token at its own price: which of them need no forward is known behind the first one.
-        costs = self.corrections.applied(self.costs, len(requests) + len(others), len(requests))
-        others_context = float(sum(len(request.token_ids) for request in others))
-        contexts = self._contexts(requests)
-        rates = self._rates(requests)
-        return DraftPlan(costs, rates, *contexts, max_length, len(others), others_context, most_rows)
-
-    def _rates(self, requests: Sequence[DraftRequest]) -> np.ndarray:
-        """Each one's mean chance that a drafted token is accepted, `[num_requests]`."""
-        factors = np.array([self._histories[request.req_id].factor for request in requests])
-        return np.clip(self.acceptance.mean() * factors, 0, 0.99)
-
-    def _costs_now(self, num_requests: int, num_drafting: int) -> StepCosts:
-        """Of drafts as a whole, of which some tokens need no forward."""
-        assert self.costs is not None
-        costs = self.corrections.applied(self.costs, num_requests, num_drafting)
-        recalling = self._recalling.get(num_drafting) if self.recalls else None
-        return costs if recalling is None else costs.scaled(1.0, 1.0, recalling.share, 1.0)
-
-    def _contexts(self, requests: Sequence[DraftRequest]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens in the target's and in the drafter's cache, `[num_requests]` each."""
-        target = np.array([len(r.token_ids) for r in requests], dtype=float)
-        # A request that is not drafted for yet is taken for one of which nothing is hidden.
-        hidden = [s.num_hidden if (s := self.sequences.get(r.req_id)) else 0 for r in requests]
-        return target, target - hidden
-
     def _roll_back(self, request: DraftRequest) -> None:
         """Forget what is not valid in the cache: drafted tokens that were rejected. The newest was never there.
 
@@ -482,21 +233,6 @@ class Drafter:
         """
         if (sequence := self.sequences.get(request.req_id)) is not None:
             sequence.num_cached = min(sequence.num_cached, len(request.token_ids) - sequence.num_hidden - 1)
-
-    def _doubt(self, requests: Sequence[DraftRequest], num_steps: int) -> StepCosts:
-        """Nothing is learned of drafts that aren't made, so what was learned before is believed less and less. Returns
-        the costs from now on."""
-        assert self.costs is not None
-        self.acceptance.fade(num_steps)
-        self.chains.fade(num_steps)
-        for recalling in self._recalling.values():
-            recalling.fade(num_steps)
-        self.corrections.fade(num_steps)
-        if self.is_adaptive:
-            for request in requests:
-                self._histories[request.req_id].fade(num_steps)
-        self.costs = self.costs.faded(num_steps)
-        return self.costs
 
     # Preparing a request ------------------------------------------------------------------------------------------
 
@@ -615,7 +351,7 @@ class Drafter:
         sequences = [self.sequences[r.req_id] for r in requests]
         drafts.begin = self.clock.mark()
         drafts.reads_prompts = any(s.num_cached < len(s.kept) - 1 for s in sequences)
-        guesses = self._guesses(requests, lengths) if self.recalls else None
+        guesses = self._guesses(requests, lengths) if self.payoff.recalls else None
         if guesses is None:
             at_hand = [self._catch_up(requests, plan is not None)]
         else:
@@ -625,10 +361,8 @@ class Drafter:
         drafted = [newest]
         active = np.arange(len(requests))
         drafts.members = [active]
-        costs = None
-        if self.costs is not None:
-            costs = self.corrections.applied(self.costs, len(requests), len(requests))
-        contexts = self._contexts(requests)[1]
+        costs = self.payoff.corrected(len(requests), len(requests))
+        contexts = self.payoff.contexts(requests)[1]
         if costs is not None:
             self.foretold_first += costs.first * float(costs.of_draft(len(contexts), contexts.sum()))
         for step in range(1, lengths[0]):
@@ -636,7 +370,7 @@ class Drafter:
             going_on = active[[lengths[i] > step and not end for i, end in zip(active, ended, strict=True)]]
             if plan is not None:
                 plan.take(active, self._note_chances(requests, active, newest))
-                going_on = plan.going_on(going_on) if len(going_on) and step >= self.least_length else going_on
+                going_on = plan.going_on(going_on) if len(going_on) and step >= self.payoff.least_length else going_on
             if not len(going_on):
                 break
             if step < len(at_hand):
@@ -667,8 +401,7 @@ class Drafter:
             if plan is not None:
                 self._note_chances(requests, active, newest)
         num_spared = min(len(at_hand), len(drafted)) - 1
-        if self.recalls and (recalling := self._recalling.get(len(requests))) is not None:
-            recalling.learn(guesses is not None, num_spared, len(drafted) - 1)
+        self.payoff.learn_recall(len(requests), guesses is not None, num_spared, len(drafted) - 1)
         drafts.token_ids = _columns([d.token_ids for d in drafted])
         drafts.on_host = drafts.token_ids.to("cpu", non_blocking=True)  # one copy for all steps
         counts = np.bincount(np.concatenate(drafts.members)).tolist()
@@ -688,13 +421,7 @@ class Drafter:
     def _note_chances(self, requests: list[DraftRequest], active: np.ndarray, newest: NextTokens) -> np.ndarray:
         """Keep the confidences of the newest drafted tokens; the chances that these are accepted, `[num_active]`."""
         assert newest.probs is not None
-        probs = newest.probs.tolist()
-        factors = np.empty(len(active))
-        for row, i in enumerate(active):
-            history = self._histories[requests[i].req_id]
-            history.confidences = [*history.confidences, probs[row]]
-            factors[row] = history.factor
-        return np.clip(self.acceptance.chances(probs) * factors, 0, 1)
+        return self.payoff.note_chances([requests[i] for i in active], newest.probs.tolist())
 
     def _guesses(self, requests: list[DraftRequest], lengths: list[int]) -> tuple[np.ndarray, int] | None:
         """What is left of the last drafts of all `requests`, int64 `[num_requests, num_guessed]`, and how many tokens
@@ -703,7 +430,7 @@ class Drafter:
             return None
         found = []
         for request in requests:
-            history, sequence = self._histories[request.req_id], self.sequences[request.req_id]
+            history, sequence = self.payoff.history(request.req_id), self.sequences[request.req_id]
             num_missing = len(request.token_ids) - sequence.num_hidden - sequence.num_cached
             if not history.draft or (num_missing > 1 and not self.model.copies):
                 return None
@@ -718,7 +445,7 @@ class Drafter:
         if each is None or num * each > self.model.max_batch_tokens or most + each > self.model.max_model_len:
             return None
         wanted = min(wanted, each - 1)
-        if not self._recalling[num].pays(0.0 if self.costs is None else self.costs.per_guess * (each - 1)):
+        if not self.payoff.pays_to_recall(num, each - 1):
             return None
         return np.array([left[:wanted] for left in found], dtype=np.int64), each
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_lvspec.draft.length import RequestHistory
+from vllm_lvspec.draft.learned import RequestHistory
 
 
 @dataclass(frozen=True)

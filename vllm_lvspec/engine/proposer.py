@@ -22,10 +22,11 @@ from vllm.v1.worker.block_table import BlockTable
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from vllm_lvspec.config import SELF, LVSpecConfigError
-from vllm_lvspec.draft.drafter import Drafter, DraftRequest, VisualItem
+from vllm_lvspec.draft.costs import StepCosts, further_context, smooth_costs
+from vllm_lvspec.draft.drafter import Drafter
 from vllm_lvspec.draft.drafts import Drafts
-from vllm_lvspec.draft.length import StepCosts, further_context, smooth_costs
 from vllm_lvspec.draft.pruning import STRATEGIES, VisualGrid
+from vllm_lvspec.draft.request import DraftRequest, VisualItem
 from vllm_lvspec.engine.arguments import lvspec_config
 from vllm_lvspec.engine.draft_model import PromptView, SelfDraftModel, VLLMDraftModel
 from vllm_lvspec.engine.memory import device_memory, least_of_ranks, most_rows
@@ -195,7 +196,7 @@ class LVSpecProposer:
         most = self.vllm_config.scheduler_config.max_num_seqs
         chain = 1 + self.config.num_speculative_tokens
         context = min(CONTEXT_MEASURED, model.max_model_len - 1, model.pool.num_pages * model.pool.page_size - 1)
-        draft_seconds = functools.partial(model.decode_seconds, with_probs=self.drafter.is_adaptive)
+        draft_seconds = functools.partial(model.decode_seconds, with_probs=self.drafter.payoff.is_adaptive)
         rows: list[int] = []
         target: list[float] = []
         pieces: list[float] = []
@@ -227,7 +228,7 @@ class LVSpecProposer:
             per_guess=max(0.0, per_guess) / max(1, guessing - 1),
             pieces=smooth_costs(rows, pieces) if any(has_graph(*batch) for batch in batches) else None,
         )
-        self.drafter.costs = get_tp_group().broadcast_object(costs, src=0)
+        self.drafter.payoff.costs = get_tp_group().broadcast_object(costs, src=0)
         logger.info_once(
             "lvspec: a drafted token costs the drafter %.3f of a step of the target; %d rows cost the target %.2f "
             "times one, and those of a draft %.2f times one where they read a context of %d tokens.",
@@ -241,27 +242,27 @@ class LVSpecProposer:
     def note_step(self, seconds: float, num_requests: int, num_rows: int, context: int, in_pieces: bool) -> None:
         """A step with nothing to prefill took `seconds` without its drafting, since the step before had its tokens."""
         assert self.drafter is not None
-        if self.drafter.costs is None:
+        if self.drafter.payoff.costs is None:
             return
         # What is done while the drafter runs takes no time.
         part = "verification" if self.ran_ahead else "target"
-        costs = self.drafter.costs
+        costs = self.drafter.payoff.costs
         price = costs.of_pieces if in_pieces else costs.of_verification
         foretold = price(num_rows, context, further_context(num_requests, num_rows, context))
-        foretold *= self.drafter.corrections.factor(part, num_requests)
+        foretold *= self.drafter.payoff.corrections.factor(part, num_requests)
         self._correct(part, num_requests, seconds, float(foretold))
 
     def _correct(self, part: str, num_requests: int, seconds: float, foretold: float) -> None:
         """All ranks note the same steps, and go by the first one's clock."""
         assert self.drafter is not None
-        corrections = self.drafter.corrections
+        corrections = self.drafter.payoff.corrections
         if (factor := corrections.note(part, num_requests, seconds, foretold)) is not None:
             corrections.correct(part, num_requests, get_tp_group().broadcast_object(factor, src=0))
 
     def _note_prompts(self) -> None:
         """Take the price of the drafter's prompts: of the 2nd to 4th, then anew whenever twice as many were read."""
         assert self.drafter is not None
-        costs, num = self.drafter.costs, self.drafter.counts["prefills"]
+        costs, num = self.drafter.payoff.costs, self.drafter.counts["prefills"]
         if costs is None or not num:
             return
         if self._prompts_read is None:  # the first has paid for whatever is done once
@@ -269,7 +270,7 @@ class LVSpecProposer:
         before, seconds = self._prompts_read
         if num >= max(2 * before, FEW_PROMPTS):
             price = (self.drafter.prefill_seconds - seconds) / (num - before)
-            self.drafter.costs = replace(costs, prompt=get_tp_group().broadcast_object(price, src=0))
+            self.drafter.payoff.costs = replace(costs, prompt=get_tp_group().broadcast_object(price, src=0))
             self._prompts_read = num, self.drafter.prefill_seconds
 
     def release(self, req_id: str, state: CachedRequestState | None = None) -> None:

@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_lvspec.device import upload
-from vllm_lvspec.draft.length import further_context
+from vllm_lvspec.draft.costs import further_context
 from vllm_lvspec.engine.counts import counts_of
 from vllm_lvspec.engine.dispatcher import DecodeDispatcher, tokens_each
 from vllm_lvspec.engine.memory import verify_rows
@@ -296,7 +296,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         if len(set(lengths)) == 1 and has_graph(num_requests, 1 + lengths[0]):
             return drafts
         assert self.drafter.drafter is not None
-        if (costs := self.drafter.drafter.costs) is not None:
+        if (costs := self.drafter.drafter.payoff.costs) is not None:
             context = int(self.input_batch.num_tokens_no_spec[: len(drafts)].sum())
             rows = num_requests + sum(lengths), num_requests * chain
             further = [further_context(num_requests, num_rows, context) for num_rows in rows]
@@ -331,7 +331,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         """Verify as many drafted tokens as a step may have: vLLM has had one of each request."""
         assert self.drafter.drafter is not None
         if self.device.type != "cpu":  # where nobody looks at the peak
-            config, rows = self.model_config, self.drafter.drafter.most_rows
+            config, rows = self.model_config, self.drafter.drafter.payoff.most_rows
             # Hidden states, and those of a layer, are there until a step has sampled.
             shape = 2, self.max_num_tokens, config.get_hidden_size()
             beside = torch.empty(shape, dtype=config.dtype, device=self.device)
@@ -388,7 +388,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         requests = {most, *(1 << i for i in range(most.bit_length()))}
         batches = [(num, 1) for num in requests] + [(num, chain) for num in requests if num * chain > most]
         assert self.drafter.drafter is not None
-        budget = self.drafter.drafter.most_rows
+        budget = self.drafter.drafter.payoff.most_rows
         return sorted((batch for batch in batches if math.prod(batch) <= budget), key=math.prod)
 
     @contextmanager

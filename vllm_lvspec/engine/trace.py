@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from vllm_lvspec.device import upload
-from vllm_lvspec.draft.drafter import VisualItem
+from vllm_lvspec.draft.request import VisualItem
 from vllm_lvspec.kernels.relevance import VisualPages
 from vllm_lvspec.verify.matches import closest
 from vllm_lvspec.verify.policies import POLICIES
