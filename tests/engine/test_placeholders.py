@@ -113,10 +113,12 @@ def running_ahead(engine: Engine, yes: bool = True) -> Iterator[Counter[str]]:
 
     def watched_fill(input_ids: torch.Tensor, req_ids: Any, scheduled: Any, ends: np.ndarray) -> None:
         for name in req_ids:
-            if (tokens := scheduled.get(name)) and tokens[0] == -1:
-                draft = placeholders._drafts.get(name)
-                whose = VLLMS if draft is None else NEW if draft[0] is newest[0] else OLD
-                filled[whose] += num_drafted(tokens)
+            if not (tokens := scheduled.get(name)):
+                continue
+            if tokens[0] == PADDING_TOKEN_ID:
+                filled[VLLMS] += len(tokens)
+            elif tokens[0] == -1:
+                filled[NEW if placeholders._drafts[name][0] is newest[0] else OLD] += num_drafted(tokens)
         fill(input_ids, req_ids, scheduled, ends)
 
     drafter = runner.drafter.drafter
@@ -231,7 +233,7 @@ def let_drafts_wait(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("yes", [True, False])
-def test_requests_that_begin_with_one_token_have_placeholders_that_stand_for_nothing(yes, engines):
+def test_requests_that_begin_with_one_token_are_filled_up_with_padding(yes, engines):
     """Whose prompt but for a token is cached; vLLM fills them up to the number that others have."""
     engine = engines(QWEN, drafter=0)
     words = {"prompt_token_ids": [*([5, 7, 11, 13] * 40)[:64], 9]}  # of two blocks and one more
@@ -244,7 +246,8 @@ def test_requests_that_begin_with_one_token_have_placeholders_that_stand_for_not
     engine = engines(QWEN, drafter=0)
     core = engine.llm.llm_engine
     answers: dict[str, list[int]] = {}
-    with running_ahead(engine, yes) as filled:
+    before = engine.stats()
+    with running_ahead(engine, yes) as filled, counted_by_vllm(engine) as by_vllm:
         for i, request in enumerate(others):
             core.add_request(f"other-{i}", request.inputs, request.params)
         for step in range(10**4):
@@ -256,7 +259,10 @@ def test_requests_that_begin_with_one_token_have_placeholders_that_stand_for_not
                     answers[output.request_id] = list(output.outputs[0].token_ids)
             if step > 8 and not core.has_unfinished_requests():
                 break
-    assert filled[VLLMS] > 0
+    assert filled[VLLMS] == 2 * engine.llm.llm_engine.vllm_config.speculative_config.num_speculative_tokens
+    # None of it is verified, and so it has no logits.
+    verified, drafted = (engine.stats()[name] - before[name] for name in ("verified_strict", "drafted_tokens"))
+    assert verified == by_vllm["num_draft_tokens"] <= drafted
     assert [answers[f"again-{i}"] for i in range(len(params))] == [list(tokens) for tokens in want]
 
 

@@ -119,8 +119,9 @@ class LVSpecGPUModelRunner(GPUModelRunner):
             drafted = np.fromiter(map(num_drafted, lists), np.int32, num_requests)
             for tokens, count in zip(lists, drafted.tolist(), strict=True):
                 del tokens[count:]
-            padding = num_draft_tokens - drafted
-            return super()._calc_spec_decode_metadata(drafted, cu_num_scheduled_tokens - padding)
+            cu_num_scheduled_tokens = cu_num_scheduled_tokens - (num_draft_tokens - drafted)
+            if drafted.any():
+                return super()._calc_spec_decode_metadata(drafted, cu_num_scheduled_tokens)
         # vLLM makes it in every step of an engine that speculates; of a batch where nobody has a draft it is known.
         if self._undrafted is None or len(self._undrafted.num_draft_tokens) != num_requests:
             each = torch.arange(num_requests + 1, dtype=torch.int32, device=self.device)
@@ -133,7 +134,7 @@ class LVSpecGPUModelRunner(GPUModelRunner):
                 bonus_logits_indices=each[:-1],
                 logits_indices=each[:-1],
             )
-        if cu_num_scheduled_tokens[-1] == num_requests:  # one token of each
+        if cu_num_scheduled_tokens[-1] == num_requests and not num_draft_tokens.any():  # one token of each
             return self._undrafted
         (logits_indices,) = upload([cu_num_scheduled_tokens - 1], self.device)
         return replace(self._undrafted, logits_indices=logits_indices)

@@ -10,7 +10,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ECConnectorOutput, ModelRunnerOutput
 
-from vllm_lvspec.engine.placeholders import num_drafted
+from vllm_lvspec.engine.placeholders import PADDING_TOKEN_ID, num_drafted
 from vllm_lvspec.observe.metrics import take_along
 
 
@@ -30,11 +30,25 @@ class LVSpecScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self._drop_useless_padding()
         output = super().schedule(*args, **kwargs)
+        self._take_fillers_for_padding(output)
         scheduled = output.scheduled_spec_decode_tokens.items()
         padding = {req_id: count for req_id, tokens in scheduled if (count := len(tokens) - num_drafted(tokens))}
         if padding:  # counted as what a grammar does not allow
             output.num_invalid_spec_tokens = {**(output.num_invalid_spec_tokens or {}), **padding}
         return output
+
+    def _take_fillers_for_padding(self, output: SchedulerOutput) -> None:
+        """Where all but one token of a request is known as it joins, vLLM fills it up to the length of drafts.
+
+        Whole queues can join so, and nobody has planned for logits of what was never drafted.
+        """
+        drafts = output.scheduled_spec_decode_tokens
+        joining = {
+            request.req_id for request in output.scheduled_new_reqs
+        } | output.scheduled_cached_reqs.resumed_req_ids
+        for req_id in joining & drafts.keys():
+            if not self.requests[req_id].use_structured_output:  # whose grammar would be told of padding
+                drafts[req_id] = [PADDING_TOKEN_ID] * len(drafts[req_id])
 
     def _drop_useless_padding(self) -> None:
         """Padding makes a graph only of steps in which all have as many tokens, and no prompt is read."""
