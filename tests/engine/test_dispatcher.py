@@ -13,6 +13,7 @@ import pytest
 import torch
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
+from vllm.multimodal.inputs import PlaceholderRange
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -55,7 +56,10 @@ def runner_of(
     runner = object.__new__(cls)
     runner.vllm_config, runner.compilation_config, runner.parallel_config = config, compilation, parallel
     runner.model_config = SimpleNamespace(is_encoder_decoder=False)
-    runner.input_batch = SimpleNamespace(lora_id_to_lora_request={})
+    nobody = np.zeros(0, dtype=np.int32)
+    runner.input_batch = SimpleNamespace(
+        lora_id_to_lora_request={}, num_reqs=0, num_computed_tokens_cpu=nobody, num_prompt_tokens=nobody
+    )
     runner.lora_config, runner.load_config = None, SimpleNamespace(use_tqdm_on_load=False)
     runner.scores = SimpleNamespace(must_look=lambda: False)
     runner.uniform_decode_query_len, runner._measures_pieces = CHAIN, False
@@ -119,7 +123,10 @@ PADDED = {  # by lengths of drafts, whether padding makes one graph of their ste
 @pytest.mark.parametrize(("lens", "is_padded"), PADDED.values(), ids=PADDED)
 def test_drafts_are_padded_where_that_makes_one_graph_and_costs_little(lens, is_padded):
     runner = ours()
-    runner.num_spec_tokens, runner.drafter = K, SimpleNamespace(drafter=SimpleNamespace(payoff=SimpleNamespace(costs=None)))
+    runner.num_spec_tokens, runner.drafter = (
+        K,
+        SimpleNamespace(drafter=SimpleNamespace(payoff=SimpleNamespace(costs=None))),
+    )
     runner.input_batch.num_tokens_no_spec = np.full(16, 100)
     drafts = [[7] * length for length in lens]
     want = [[7] * length + [PADDING_TOKEN_ID] * (K - length) if length else [] for length in lens]
@@ -132,7 +139,10 @@ def test_drafts_are_padded_where_that_makes_one_graph_and_costs_little(lens, is_
 
 def test_a_single_draft_that_has_a_graph_is_not_padded():
     runner = ours(has_parts=True)
-    runner.num_spec_tokens, runner.drafter = K, SimpleNamespace(drafter=SimpleNamespace(payoff=SimpleNamespace(costs=None)))
+    runner.num_spec_tokens, runner.drafter = (
+        K,
+        SimpleNamespace(drafter=SimpleNamespace(payoff=SimpleNamespace(costs=None))),
+    )
     assert runner._in_one_graph([[7] * 4]) == [[7] * 4]
     assert runner._in_one_graph([[7] * 4, [7] * 4]) == [[7] * 4 + [PADDING_TOKEN_ID] * (K - 4)] * 2
 
@@ -192,6 +202,19 @@ def test_a_prompt_whose_attention_is_asked_for_is_read_where_one_can_look_on():
     assert graph_of(runner, [CHAIN] * 2)[0] == CUDAGraphMode.PIECEWISE
     runner.scores.begin_step(None)  # no step: a trial
     assert graph_of(runner, [CHAIN] * 2)[0] == CUDAGraphMode.FULL
+
+
+@pytest.mark.parametrize(("computed", "is_full"), [(12, False), (19, False), (20, True), (30, True)])
+@pytest.mark.parametrize("rest", [CHAIN, CHAIN - 3, 1])
+def test_what_is_seen_is_read_where_the_model_can_tidy_up_behind_it(computed, is_full, rest):
+    """Qwen3-VL's later layers are given more of it, in buffers that are cleared behind the graph."""
+    runner = ours(has_parts=True)
+    runner.input_batch.req_ids, runner.input_batch.num_reqs = ["a"], 1
+    runner.input_batch.num_computed_tokens_cpu = np.array([computed, 7], dtype=np.int32)
+    runner.input_batch.num_prompt_tokens = np.array([min(computed + rest, 30), 9], dtype=np.int32)
+    image = SimpleNamespace(mm_position=PlaceholderRange(offset=4, length=16))
+    runner.requests = {"a": SimpleNamespace(mm_features=[image])}
+    assert (graph_of(runner, [rest])[0] == CUDAGraphMode.FULL) == is_full
 
 
 @pytest.mark.parametrize(

@@ -355,12 +355,28 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         self, *args: Any, num_reqs: int, max_num_scheduled_tokens: int, **kwargs: Any
     ) -> Any:
         # The rest of a prompt may be as long as a decode.
-        if self._measures_pieces or ("force_uniform_decode" not in kwargs and self.scores.must_look()):
+        looks = "force_uniform_decode" not in kwargs and (self.scores.must_look() or self._reads_items())
+        if self._measures_pieces or looks:
             kwargs["force_uniform_decode"] = False
         with self._decodes_of(self.cudagraph_dispatcher.decodes_like(num_reqs, max_num_scheduled_tokens)):
             return super()._determine_batch_execution_and_padding(
                 *args, num_reqs=num_reqs, max_num_scheduled_tokens=max_num_scheduled_tokens, **kwargs
             )
+
+    def _reads_items(self) -> bool:
+        """Whether some prompt's images or videos are still to be read, or the last of them in this step.
+
+        Models may put more than embeddings of them into the forward, and take it back behind it, which no graph
+        repeats: Qwen3-VL's layers would go on adding it to whatever comes next.
+        """
+        batch = self.input_batch
+        computed = batch.num_computed_tokens_cpu[: batch.num_reqs]
+        reading = np.flatnonzero(computed < batch.num_prompt_tokens[: batch.num_reqs]).tolist()
+        return any(
+            item.mm_position.offset + item.mm_position.length > computed[row]
+            for row in reading
+            for item in self.requests[batch.req_ids[row]].mm_features
+        )
 
     def _warmup_and_capture(self, desc: BatchDescriptor, *args: Any, **kwargs: Any) -> None:
         with self._decodes_of(tokens_each(desc) or self.uniform_decode_query_len):
