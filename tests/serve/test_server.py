@@ -173,8 +173,15 @@ def test_a_request_for_what_can_not_be_is_a_400_that_names_it(asked, named, clie
     assert server.is_healthy()
 
 
-@pytest.mark.parametrize("option", [{"extra_body": {"min_p": 0.1}, "temperature": 1.0}, {"logit_bias": {"300": 5}}])
-def test_what_vllm_refuses_under_speculation_is_a_400(option, client, server):
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"extra_body": {"min_p": 0.1}, "temperature": 1.0},
+        {"logit_bias": {"300": 5}},
+        {"extra_body": {"logprob_token_ids": [5, 9]}, "logprobs": True},
+    ],
+)
+def test_what_is_refused_under_speculation_is_a_400(option, client, server):
     with pytest.raises(openai.BadRequestError):
         ask(client, message(QUESTION, CLIP.as_uri()), **option)
     assert server.is_healthy()

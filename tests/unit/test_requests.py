@@ -151,6 +151,13 @@ def test_vllm_finds_the_checker_by_its_name_and_refuses_bad_requests_as_the_clie
         check(LVSPEC, params)
 
 
+@pytest.mark.parametrize("config", [LVSPEC, STRICT])
+def test_log_probabilities_of_tokens_that_are_named_are_refused_and_those_of_the_likeliest_are_not(config):
+    with pytest.raises(VLLMValidationError, match=r"logprob_token_ids=\[5, 9\]: not supported.*must be unset"):
+        check(config, SamplingParams(logprob_token_ids=[5, 9]))
+    check(config, SamplingParams(logprobs=2))
+
+
 def test_every_server_has_a_checker_of_its_own():
     check(FLY, asking("fly"))
     check(LVSpecConfig(max_relaxation=0.9), asking(None, 0.85))

@@ -85,6 +85,12 @@ class RequestChecker(LogitsProcessor):
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         request_rules(sampling_params, cls.config)
+        if (token_ids := sampling_params.logprob_token_ids) is not None:
+            # vLLM 0.32 has none for drafted tokens, and dies of them where others ask for log probabilities.
+            raise RequestError(
+                f"logprob_token_ids={token_ids!r}: not supported under speculation; must be unset (logprobs=N gives "
+                "those of the N most likely tokens)"
+            )
 
 
 def checker_name(config: LVSpecConfig) -> str:
