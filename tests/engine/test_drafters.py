@@ -18,6 +18,7 @@ from vllm import SamplingParams, ir
 from vllm.config import VllmConfig
 from vllm.config.kernel import IrOpPriorityConfig
 from vllm.model_executor.layers.attention import attention as vllm_attention
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, _get_attn_isa
@@ -785,6 +786,20 @@ def test_where_keys_cannot_be_read_videos_are_pruned_uniformly(fresh, oracle, mo
     assert 0 < stats["pruned_uniformly"] <= videos + stats["prefills"]
     assert runner_of(engine).scores.looks_at == "grid"
     nothing_left(engine)
+
+
+def test_what_is_heard_beside_a_video_has_no_scores(monkeypatch):
+    monkeypatch.setattr(scoring, "get_tp_group", lambda: SimpleNamespace(world_size=1))
+    scores = scoring.PromptScores.__new__(scoring.PromptScores)
+    features = [
+        MultiModalFeatureSpec(data=None, modality=modality, identifier=modality, mm_position=PlaceholderRange(*place))
+        for modality, place in (("video", (9, 4)), ("audio", (2, 3)), ("image", (6, 2)))
+    ]
+    scores.runner = SimpleNamespace(requests={"a": SimpleNamespace(mm_features=features)})
+    scores._prompts = {"a": scoring._Prompt(torch.arange(6.0), num_queries=2)}
+    of_video, of_audio, of_image = scores.of("a")
+    assert of_video.tolist() == [1.0, 1.5, 2.0, 2.5] and of_image.tolist() == [0.0, 0.5]
+    assert not len(of_audio)
 
 
 def test_where_a_cache_cannot_be_copied_the_target_computes_what_it_sees(fresh, oracle, monkeypatch):

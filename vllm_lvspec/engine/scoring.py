@@ -18,7 +18,7 @@ from vllm_lvspec.device import upload
 from vllm_lvspec.draft.pruning import STRATEGIES
 from vllm_lvspec.engine.arguments import lvspec_config
 from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
-from vllm_lvspec.engine.proposer import embedded_rows
+from vllm_lvspec.engine.proposer import PIXELS, embedded_rows
 from vllm_lvspec.engine.verification import Verification
 from vllm_lvspec.kernels.attention_mass import MAX_QUERIES, attention_mass, attention_mass_reference
 
@@ -218,7 +218,8 @@ class PromptScores:
         """Scores of the tokens of each of the request's items, `[num_embeddings]` float32; the same on all ranks."""
         state = self.runner.requests[req_id]
         prompt = self._prompts.get(req_id)
-        lengths = [len(embedded_rows(item)) for item in state.mm_features]
+        # Nobody asks for scores of what is heard.
+        lengths = [len(embedded_rows(item)) if item.modality in PIXELS else 0 for item in state.mm_features]
         if prompt is None or not prompt.num_queries:
             return [None] * len(lengths)
         group = get_tp_group()

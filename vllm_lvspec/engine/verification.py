@@ -28,7 +28,7 @@ from vllm_lvspec.config import LVSpecConfigError
 from vllm_lvspec.device import upload
 from vllm_lvspec.draft.pruning import STRATEGIES
 from vllm_lvspec.engine.arguments import lvspec_config
-from vllm_lvspec.engine.proposer import embedded_rows
+from vllm_lvspec.engine.proposer import PIXELS, embedded_rows
 from vllm_lvspec.engine.requests import RequestError, end_ids, request_rules
 from vllm_lvspec.engine.trace import RequestTrace, Traces, described
 from vllm_lvspec.kernels.acceptance import END, EXACT, LOOSE, SHIFT, TARGET
@@ -342,7 +342,7 @@ class Verification:
             return request
         positions, tags = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for item in state.mm_features:
-            if item.modality in ("image", "video"):
+            if item.modality in PIXELS:
                 positions.append(embedded_rows(item))
                 tags.append(np.full(len(positions[-1]), tag_of(item.identifier)))
         places, items = np.concatenate(positions), np.concatenate(tags)
