@@ -417,6 +417,7 @@ def test_a_full_pool_skips_a_request_until_others_are_done(copies, costs):
     assert len(drafts[0]) == 3
     assert drafts[1] == []
     assert drafter.counts["skipped_pool_full"] == 1
+    assert model.encoded == (0 if copies else 1), "of who waits for pages nothing is encoded"
     drafter.release("first")
     second = target.run(extended(second, [4, 5, 6]))  # the target has gone on alone
     assert drafter.propose([second], 3) == [oracle(second, 3, copies=copies)]

@@ -23,7 +23,7 @@ from vllm_lvspec.draft.leftover import MOST_RECALLING, left_of
 from vllm_lvspec.draft.pages import NO_SLOT, DraftSequence, PagePool
 from vllm_lvspec.draft.payoff import Payoff
 from vllm_lvspec.draft.plan import DraftPlan
-from vllm_lvspec.draft.pruning import STRATEGIES, Strategy, VideoView
+from vllm_lvspec.draft.pruning import STRATEGIES, Strategy, VideoView, budget
 from vllm_lvspec.draft.request import Candidate, DraftRequest, VisualItem
 from vllm_lvspec.kernels.advance_decode import advance_decode
 
@@ -246,6 +246,10 @@ class Drafter:
         started = time.perf_counter()
         visual: list[KeptEmbeddings] = []
         if sequence is None:
+            # Whoever waits for pages must not have its videos encoded and looked at in each step.
+            if not self.model.pool.has_room(self._least_entries(request) + length - 1):
+                self.counts["skipped_pool_full"] += 1
+                return False
             found = self._views(request)
             if found is None:
                 return self._give_up(req_id)
@@ -265,6 +269,11 @@ class Drafter:
             self.counts["prefills"] += 1
             self.prefill_seconds += time.perf_counter() - started
         return True
+
+    def _least_entries(self, request: DraftRequest) -> int:
+        """Of the request's tokens in the cache, whatever its videos are found to be."""
+        videos = [len(item.rows) for item in request.items if item.is_video]
+        return len(request.token_ids) - sum(count - budget(count, self.ratio) for count in videos if count)
 
     def _give_up(self, req_id: str) -> bool:
         """The request's visual embeddings can't be had; it is not drafted for until it is released."""

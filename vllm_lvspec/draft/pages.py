@@ -21,6 +21,10 @@ class PagePool:
     def num_free(self) -> int:
         return len(self._free)
 
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether it has pages for another `num_tokens`."""
+        return -(-num_tokens // self.page_size) <= len(self._free)
+
     def grow(self, pages: list[int], num_tokens: int) -> bool:
         """Extend `pages` so that they hold `num_tokens`; all or nothing, False where the pool can't."""
         missing = -(-num_tokens // self.page_size) - len(pages)
