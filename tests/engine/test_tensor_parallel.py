@@ -1,10 +1,26 @@
 """Two ranks decide alike, and give what one rank gives."""
 
+from typing import Any
+
 import pytest
+import torch
 from vllm.distributed import get_tp_group
 from workload import QWEN, generate_requests, token_ids
 
 from vllm_lvspec.config import LVSpecConfigError
+
+
+def best_tokens_of(worker: Any) -> tuple[list[int], list[int]]:
+    """Of random states: as the drafter takes them, and among the logits of all ranks."""
+    model = worker.model_runner.drafter.drafter.model
+    assert model._split_head is not None
+    width = model.vllm_config.model_config.get_hidden_size()
+    hidden = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
+    logits_processor, head = model._split_head
+    with torch.inference_mode():
+        return logits_processor.get_top_tokens(head, hidden).tolist(), model.model.compute_logits(hidden).argmax(
+            -1
+        ).tolist()
 
 
 @pytest.mark.two_ranks
@@ -17,6 +33,8 @@ def test_two_ranks_give_what_one_gives(engines, oracle):
     stats = engine.stats()  # asserts that the ranks agree
     assert stats["drafted_tokens"] > 150
     assert stats["pages_free"] == stats["pages_total"]
+    (best, wanted), others = engine.llm.collective_rpc(best_tokens_of)
+    assert best == wanted and others == (best, wanted) and len(set(best)) > 8
 
 
 def test_ranks_that_were_told_something_else_end_the_start(engines, monkeypatch):

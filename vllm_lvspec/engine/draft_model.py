@@ -7,6 +7,7 @@ plans no KV cache for them.
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,6 +21,8 @@ from vllm.forward_context import set_forward_context
 from vllm.ir import enable_torch_wrap
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.models.interfaces import supports_mrope
 from vllm.multimodal.inputs import MultiModalFeatureSpec
@@ -199,6 +202,9 @@ class VLLMDraftModel:
             hidden = self.run(batch, self.metadata(batch))
         if batch.max_query_len > 1 and not batch.asks_all:
             hidden = hidden[(batch.query_starts[1:] - 1).long()]
+        if self._split_head is not None and not with_probs:
+            logits_processor, head = self._split_head
+            return NextTokens(logits_processor.get_top_tokens(head, hidden), None)
         logits = self.model.compute_logits(hidden)[:, : self.shared_vocab_size]
         best, token_ids = logits.max(dim=-1)
         if not with_probs:
@@ -213,6 +219,19 @@ class VLLMDraftModel:
             communicator.broadcast(probs, 0)
             return NextTokens(token_ids, probs)
         return NextTokens(token_ids, group.broadcast(probs, src=0))
+
+    @functools.cached_property
+    def _split_head(self) -> tuple[LogitsProcessor, VocabParallelEmbedding] | None:
+        """What makes logits, where ranks share the vocabulary: each then tells the others its best token, and not its
+        logits of all tokens. None where there is but one rank, or where the target does not know all tokens."""
+        if get_tp_group().world_size == 1 or self.shared_vocab_size < self.vocab_size:
+            return None
+        language_model = self.model.get_language_model()
+        logits_processor = getattr(language_model, "logits_processor", None)
+        head = getattr(language_model, "lm_head", None)
+        if not isinstance(logits_processor, LogitsProcessor) or not isinstance(head, VocabParallelEmbedding):
+            return None
+        return logits_processor, head
 
     def metadata(self, batch: DraftBatch, is_recorded: bool = False) -> Any:
         """The attention backend's, for `batch`; `is_recorded`: to be read by a CUDA graph whenever it is replayed."""
