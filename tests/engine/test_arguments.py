@@ -447,6 +447,10 @@ def test_known_pairs_follow_the_way_the_target_is_named(pair, tmp_path):
     assert default_draft_model("Qwen/Qwen2.5-VL-32B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
     assert default_draft_model("Qwen2.5-VL-32B-Instruct") == "Qwen2.5-VL-7B-Instruct"
     assert default_draft_model("llava-hf/llava-onevision-qwen2-72b-ov-hf") == "llava-hf/llava-onevision-qwen2-7b-ov-hf"
+    assert default_draft_model("Qwen/Qwen2.5-VL-32B-Instruct-AWQ") == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert default_draft_model("Qwen/Qwen2-VL-72B-Instruct-GPTQ-Int4") == "Qwen/Qwen2-VL-7B-Instruct"
+    assert default_draft_model("Qwen/Qwen3-VL-32B-Instruct-FP8") == "Qwen/Qwen3-VL-4B-Instruct"
+    assert default_draft_model("someone/Qwen2.5-VL-32B-Instruct-tuned") is None
     assert default_draft_model("someone/something") is None
     cached = tmp_path / "models--Qwen--Qwen2.5-VL-32B-Instruct" / "snapshots" / "0123abc"
     cached.mkdir(parents=True)
@@ -455,6 +459,8 @@ def test_known_pairs_follow_the_way_the_target_is_named(pair, tmp_path):
         (tmp_path / name).mkdir()
     assert default_draft_model(str(tmp_path / "Qwen2.5-VL-7B-Instruct")) == str(tmp_path / "Qwen2.5-VL-3B-Instruct")
     assert default_draft_model(str(tmp_path / "Qwen2-VL-72B-Instruct")) is None
+    (tmp_path / "Qwen2.5-VL-7B-Instruct-AWQ").mkdir()
+    assert default_draft_model(str(tmp_path / "Qwen2.5-VL-7B-Instruct-AWQ")) == str(tmp_path / "Qwen2.5-VL-3B-Instruct")
 
 
 def test_what_this_package_relies_on_in_vllm_is_there():
