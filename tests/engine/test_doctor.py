@@ -1,9 +1,13 @@
 """`lvspec doctor` on the bundled pair: what would be used, whether it fits, and its exit codes."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
+from vllm.config.quantization import ONLINE_QUANT_SHORTHAND_NAMES
 
 from vllm_lvspec.cli import app
 from vllm_lvspec.engine import doctor
@@ -56,6 +60,7 @@ def test_it_says_why_this_drafter(drafter, said):
 
 def test_where_sizes_are_unknown_the_exit_code_says_so(monkeypatch):
     monkeypatch.setattr(doctor, "weight_bytes", lambda *args: None)
+    monkeypatch.setattr(doctor, "_tensors", lambda *args: None)
     code, shown = run("--kv-cache-memory-bytes", "256M")
     assert code == UNKNOWN and "whether it fits can't be told" in shown, shown
 
@@ -76,6 +81,39 @@ def test_the_size_of_weights_is_that_of_the_files_of_one_format(tmp_path):
     assert weight_bytes(str(tmp_path)) == 10
     assert doctor._of_one_format({"a.safetensors": 3, "b.safetensors": 4, "original/c.safetensors": 5}) == 7
     assert weight_bytes("nobody/knows-this") is None
+
+
+def counted(quantization: str | None = None, num_ranks: int = 1, encoder: str = "weights", dtype=torch.float32) -> Part:
+    model = SimpleNamespace(
+        model=str(DRAFT),
+        revision=None,
+        dtype=dtype,
+        quantization=quantization,
+        model_arch_config=SimpleNamespace(quantization_config=None),
+        multimodal_config=SimpleNamespace(mm_encoder_tp_mode=encoder),
+    )
+    return doctor._weights("drafter", model, num_ranks, None, quantization)
+
+
+def test_weights_are_counted_as_they_are_loaded():
+    params = load_file(DRAFT / "model.safetensors")
+    every = sum(p.numel() for p in params.values())
+    seen = sum(p.numel() for name, p in params.items() if name.startswith("visual."))
+    layers = [p for name, p in params.items() if "model.layers." in name and name.endswith("_proj.weight")]
+    linear = sum(p.numel() for p in layers)
+    assert 0 < seen < every / 2 < linear + seen < every
+    assert counted().num_bytes == 4 * every
+    assert counted(dtype=torch.bfloat16).num_bytes == 2 * every
+    assert counted("fp8", dtype=torch.bfloat16).num_bytes == 2 * (every - linear) + linear
+    assert counted("mxfp4", dtype=torch.bfloat16).num_bytes == int(2 * (every - linear) + linear * 4.25 / 8)
+    assert counted(num_ranks=2).num_bytes == 2 * every
+    whole = counted(num_ranks=2, encoder="data")
+    assert whole.num_bytes == 2 * (every - seen) + 4 * seen
+    assert whole.why == "shared by 2 ranks, but for its visual encoder"
+
+
+def test_what_is_known_of_sizes_fits_what_vllm_quantises():
+    assert set(doctor.QUANTISED_BITS) <= {"fp8", *ONLINE_QUANT_SHORTHAND_NAMES}
 
 
 def test_room_is_what_parts_leave_and_unknown_where_one_is():

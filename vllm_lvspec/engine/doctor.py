@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +32,13 @@ FINE, REFUSED, TOO_LARGE, WRONG_VERSION, UNKNOWN = 0, 2, 3, 4, 5  # exit codes
 GIB = 1 << 30
 PACKAGES = ("torch", "triton", "transformers", "pydantic")
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+# Names of tensors: of a visual encoder, which may be whole on each rank, and of layers that are quantised as they load.
+ENCODER = re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_projector|image_newline)(\.|$)")
+LINEAR = re.compile(r"\.layers\.\d+\..*_proj\.weight$")
+# Bits of a weight so quantised, scales of blocks among them; other methods are for experts alone, or name no size.
+QUANTISED_BITS = {
+    "fp8": 8.0, "fp8_per_tensor": 8.0, "fp8_per_block": 8.0, "fp8_per_channel": 8.0, "mxfp8": 8.25, "mxfp4": 4.25,
+}  # fmt: skip
 ACTIVATIONS = 0.1  # of the memory that vLLM may use: what a forward and CUDA graphs take, roughly
 
 
@@ -210,7 +219,7 @@ def memory_fit(vllm_config: VllmConfig, config: LVSpecConfig) -> Fit:
     memory, free = device_memory(size)
     parts = [_weights("target", target, size, folder)]
     if config.model != SELF:
-        parts.append(_weights("drafter", draft, size, folder))
+        parts.append(_weights("drafter", draft, size, folder, config.draft_quantization))
     block = cache.block_size or 16
     blocks = -(-min(draft.max_model_len, target.max_model_len) // block) * vllm_config.scheduler_config.max_num_seqs
     per_block = block * _cache_entries(draft, vllm_config) * get_dtype_size(draft.dtype)
@@ -259,13 +268,55 @@ def _feature_bytes(target: ModelConfig, config: LVSpecConfig, num_ranks: int) ->
     return -(-width * get_dtype_size(target.dtype) // num_ranks)
 
 
-def _weights(name: str, model: ModelConfig, num_ranks: int, cache_dir: str | None) -> Part:
-    found = weight_bytes(model.model, model.revision, cache_dir)
-    shared = f"shared by {num_ranks} ranks" if num_ranks > 1 else "as on disk"
-    if found is None:
-        return Part(f"{name}'s weights", None, f"{model.model} is not on this machine, and its hub is out of reach")
-    quantised = f", {model.quantization} when loaded" if model.quantization else ""
-    return Part(f"{name}'s weights", found // num_ranks, shared + quantised)
+def _weights(
+    name: str, model: ModelConfig, num_ranks: int, cache_dir: str | None, quantization: str | None = None
+) -> Part:
+    """What a rank has of them. `quantization`: of the drafter's language model, where it is not its checkpoint's."""
+    shared = [f"shared by {num_ranks} ranks"] if num_ranks > 1 else []
+    if model.quantization:
+        shared.append(f"{model.quantization} when loaded")
+    tensors = _tensors(model.model, model.revision, cache_dir)
+    if tensors is None:
+        found = weight_bytes(model.model, model.revision, cache_dir)
+        if found is None:
+            return Part(f"{name}'s weights", None, f"{model.model} is not on this machine, and its hub is out of reach")
+        return Part(f"{name}'s weights", found // num_ranks, ", ".join(["as on disk", *shared]))
+    bits = QUANTISED_BITS.get(quantization or "") if model.model_arch_config.quantization_config is None else None
+    is_whole = model.multimodal_config is not None and model.multimodal_config.mm_encoder_tp_mode == "data"
+    if is_whole and num_ranks > 1:
+        shared.append("but for its visual encoder")
+    num_bytes = 0.0
+    for key, info in tensors.items():
+        size = info.data_offsets[1] - info.data_offsets[0]
+        is_encoder = ENCODER.search(key) is not None
+        if info.dtype in ("F32", "F16", "BF16"):  # loaded as the model's own
+            size = info.parameter_count * model.dtype.itemsize
+            if bits is not None and not is_encoder and LINEAR.search(key):
+                size = info.parameter_count * bits / 8
+        num_bytes += size if is_encoder and is_whole else size / num_ranks
+    return Part(f"{name}'s weights", int(num_bytes), ", ".join(shared))
+
+
+def _tensors(model: str, revision: str | None, cache_dir: str | None) -> dict[str, Any] | None:
+    """What is in a checkpoint's files, by name, where that can be read without loading it."""
+    from huggingface_hub import HfApi, get_local_safetensors_metadata, snapshot_download
+
+    def of_cache() -> Any:
+        return get_local_safetensors_metadata(
+            snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True)
+        )
+
+    def of_hub() -> Any:
+        return HfApi().get_safetensors_metadata(model, revision=revision)
+
+    of_folder = functools.partial(get_local_safetensors_metadata, model)
+    for read in [of_folder] if Path(model).is_dir() else [of_cache, of_hub]:
+        try:
+            files = read().files_metadata.values()
+        except Exception:  # other files, none here, out of reach, or no name of the hub: each has errors of its own
+            continue
+        return {key: info for file in files for key, info in file.tensors.items()}
+    return None
 
 
 def weight_bytes(model: str, revision: str | None = None, cache_dir: str | None = None) -> int | None:
