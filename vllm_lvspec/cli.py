@@ -74,7 +74,7 @@ def bench(
     draft_shape: Annotated[str | None, typer.Option(help="and the drafter at the cost of this one")] = None,
     dtype: DType = None,
     batch_size: Annotated[int, typer.Option(help="requests running at once")] = 1,
-    spec_tokens: Annotated[int, typer.Option(help="K, the tokens drafted per step")] = 10,
+    spec_tokens: Annotated[int, typer.Option(help="K, the most tokens drafted per step")] = 10,
     pruning: Annotated[str, typer.Option(help="the drafter's view of the video")] = "uniform",
     pruning_ratio: Annotated[float, typer.Option(help="share of a video's tokens the drafter does not see")] = 0.9,
     relaxation: Annotated[
@@ -158,7 +158,8 @@ def bench(
 def doctor(context: typer.Context) -> None:
     """What `vllm serve` with the same arguments would use, whether it fits into memory, and why not.
 
-    Exit codes: 0 fine, 2 refused, 3 too large, 4 a vLLM that this package does not work with.
+    Exit codes: 0 fine, 2 refused, 3 too large, 4 a vLLM that this package does not work with, 5 not known whether it
+    fits.
     """
     from vllm_lvspec.engine.doctor import examine
 

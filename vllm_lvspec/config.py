@@ -41,7 +41,7 @@ class LVSpecConfig(BaseModel):
         "by default the known partner of the target, else self",
     )
     num_speculative_tokens: int = Field(
-        10, ge=1, le=MAX_SPECULATIVE_TOKENS, strict=True, description="K, the tokens drafted per step"
+        10, ge=1, le=MAX_SPECULATIVE_TOKENS, strict=True, description="K, the most tokens drafted per step"
     )
     draft_length: Literal["fixed", "adaptive"] = Field(
         "fixed",
@@ -113,7 +113,8 @@ class LVSpecConfig(BaseModel):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="size of the drafter's KV cache per rank in GiB; by default room for all requests, at most 4",
+        description="size of the drafter's KV cache per rank in GiB; by default room for all requests, at most 4 "
+        "and a tenth of the memory",
     )
     embedding_cache_gib: float = Field(
         0.5,

@@ -3,7 +3,7 @@
 vLLM's list of methods is closed, but it has `custom_class`, worker classes by name, and `additional_config` that
 travels to all workers. So `lvspec` is put into these words when the engine's configuration is made; the arguments that
 the user passed stay as they were. These two wrappers are all that this package changes in vLLM, but for two kernels
-on CPUs (`cpu_kernels`), which go through vLLM's own registry, the strictness of requests with tools (`requests`), and a
+on CPUs (`cpu_kernels`), the strictness of requests with tools (`requests`), and a
 logger of statistics for engines with lvspec (`observe.metrics`).
 """
 
