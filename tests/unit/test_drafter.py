@@ -680,7 +680,7 @@ def test_what_drafts_should_take_is_told_apart_by_first_and_further_tokens():
     a, b = (len(kept_tokens(request)) + len(request.token_ids) - request.num_prompt_tokens for request in requests)
     assert drafter.foretold_first == pytest.approx(5 * (0.1 + 1e-3 * (a + b)))
     assert drafter.foretold_further == pytest.approx(3 * 0.1 + 1e-3 * (3 * a + 2 * b))
-    assert 0 < drafter.further_seconds < seconds
+    assert 0 < drafter.further_seconds < drafter.further_seconds + drafter.prefill_seconds < seconds
 
 
 def test_an_image_may_bear_the_name_of_a_video_that_was_pruned():

@@ -5,7 +5,6 @@ The drafter knows nothing of vLLM: requests come in as `DraftRequest`, the model
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -194,6 +193,7 @@ class Drafter:
             return
         chosen = self.payoff.choose(candidates, batch, num_speculative_tokens, most_rows - len(batch))
         self.counts["skipped_cost"] += len(candidates) - len(chosen)
+        drafts.begin = self.clock.mark()
         ready = [candidate for candidate in chosen if self._prepare(candidate.request, candidate.length)]
         if not ready:
             return
@@ -243,7 +243,6 @@ class Drafter:
         if sequence is not None and sequence.num_prompt_tokens != request.num_prompt_tokens:
             self._drop(req_id)  # a streaming session has gone on with a longer prompt
             sequence = None
-        started = time.perf_counter()
         visual: list[KeptEmbeddings] = []
         if sequence is None:
             # Whoever waits for pages must not have its videos encoded and looked at in each step.
@@ -267,7 +266,6 @@ class Drafter:
             self.sequences[req_id] = sequence
             self._prompts[req_id] = self._build_prompt(request, sequence, visual)
             self.counts["prefills"] += 1
-            self.prefill_seconds += time.perf_counter() - started
         return True
 
     def _least_entries(self, request: DraftRequest) -> int:
@@ -358,7 +356,6 @@ class Drafter:
     def _draft(self, drafts: Drafts, requests: list[DraftRequest], lengths: list[int], plan: DraftPlan | None) -> None:
         """Start `drafts` of prepared `requests`, sorted by falling `lengths`, as far as `plan` goes; else `lengths`."""
         sequences = [self.sequences[r.req_id] for r in requests]
-        drafts.begin = self.clock.mark()
         drafts.reads_prompts = any(s.num_cached < len(s.kept) - 1 for s in sequences)
         guesses = self._guesses(requests, lengths) if self.payoff.recalls else None
         if guesses is None:
