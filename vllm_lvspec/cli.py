@@ -29,14 +29,18 @@ def main() -> None:
     """Speculative decoding for Video-LLMs in vLLM."""
 
 
+def _end_as_by_ctrl_c() -> None:
+    """Whoever ends a command ends its servers and engines: SIGTERM leaves the contexts as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 @app.command()
 def demo() -> None:
     """Serve a bundled pair, send it videos over the OpenAI API, and compare ways to verify with no drafter at all."""
     from vllm_lvspec.demo import run_demo
     from vllm_lvspec.serving import ServerError
 
-    # Whoever ends the demo ends its server: SIGTERM leaves the contexts as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _end_as_by_ctrl_c()
     console = Console()
     try:
         run_demo(console)
@@ -113,6 +117,7 @@ def bench(
     from vllm_lvspec.bench.samples import DatasetError
     from vllm_lvspec.config import LVSpecConfigError
 
+    _end_as_by_ctrl_c()
     console = Console()
     try:
         more = parse_settings(settings or [])
@@ -192,7 +197,7 @@ def inspect(
     from vllm_lvspec.reference import PAIRS
     from vllm_lvspec.serving import ServerError
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _end_as_by_ctrl_c()
     console = Console()
     try:
         if family not in PAIRS:
@@ -254,8 +259,7 @@ def bench_serve(
     from vllm_lvspec.config import LVSpecConfigError
     from vllm_lvspec.serving import ServerError
 
-    # Whoever ends it ends its servers.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _end_as_by_ctrl_c()
     console = Console()
     try:
         options = ServeOptions(
@@ -310,6 +314,9 @@ def bench_growth(
     minutes: Annotated[
         float | None, typer.Option(help="after which no further engine is started; the first one always is")
     ] = None,
+    vocabulary: Annotated[
+        int | None, typer.Option(help="tokens that larger shapes know, Qwen2.5-VL's 152064; else the bundled pair's")
+    ] = None,
 ) -> None:
     """How what a step costs grows with videos, answers, requests and K, at the cost of targets and drafters of any
     size."""
@@ -318,6 +325,7 @@ def bench_growth(
     from vllm_lvspec.bench.samples import DatasetError
     from vllm_lvspec.config import LVSpecConfigError
 
+    _end_as_by_ctrl_c()
     console = Console()
     try:
         options = GrowthOptions(
@@ -337,6 +345,7 @@ def bench_growth(
             engine_arguments=parse_engine_arguments(engine),
             alone=alone,
             minutes=minutes,
+            vocabulary=vocabulary,
         )
         run_growth(options, console)
     except (BenchError, DatasetError, LVSpecConfigError) as error:

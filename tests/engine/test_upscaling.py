@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,18 +107,20 @@ def test_qwen_answers_as_before_in_a_larger_shape_and_is_drafted_for(bundled_ans
 
 def test_the_drafter_drafts_the_same_in_a_larger_shape():
     drafted = []
-    for overrides in ({}, upscaled(str(DRAFT), TWICE_THE_HEAD)["hf_overrides"]):
+    many_tokens = replace(TWICE_THE_HEAD, vocab_size=4096)
+    for overrides in ({}, upscaled(str(DRAFT), many_tokens)["hf_overrides"]):
         drafting = {
             "method": "lvspec", "policy": "strict", "model": str(DRAFT), "only_if_faster": False,
             "draft_hf_overrides": overrides,
         }  # fmt: skip
-        with engine(**upscaled(str(TARGET), TWICE_THE_HEAD), speculative_config=drafting) as llm:
+        with engine(**upscaled(str(TARGET), many_tokens), speculative_config=drafting) as llm:
             describe(llm, QWEN)
             (stats,) = llm.collective_rpc("lvspec_stats")
             (drafter,) = llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter.model)
             weights = multiplied_weights(drafter.model)
             drafted.append((stats["drafted_tokens"], stats["tokens_exact"]))
     assert weights == weights_of(TWICE_THE_HEAD)
+    assert drafter.shared_vocab_size == len(drafter.model.language_model.lm_head.weight) == 4096
     assert drafted[0] == drafted[1]
     assert drafted[0][1] > 50
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import signal
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -19,7 +20,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 from vllm import envs
 
-from vllm_lvspec.bench import lengths, run, served
+from vllm_lvspec.bench import command, growth, lengths, run, served
 from vllm_lvspec.bench.command import (
     BenchError,
     BenchOptions,
@@ -38,6 +39,7 @@ from vllm_lvspec.bench.results import Environment, Report, Settings, json_schema
 from vllm_lvspec.bench.run import Answer, Journal, JournalError, PolicyRun, StepTimes, within_reach
 from vllm_lvspec.bench.samples import DatasetError, dataset, videofacts
 from vllm_lvspec.bench.videofacts.scene import Scene, write_mp4
+from vllm_lvspec.cli import app
 from vllm_lvspec.config import MAX_SPECULATIVE_TOKENS, LVSpecConfig
 from vllm_lvspec.reference import TARGET
 from vllm_lvspec.reference.upscale import TEXT_SHAPES
@@ -72,7 +74,7 @@ def report() -> Report:
     strict = [answer("strict", s.name, 101, 25, 5.0, truth[s.name]) for s in samples]
     runs = {
         "ar": PolicyRun(ar, None),
-        "strict": PolicyRun(strict, StepTimes(100, 12.0, 6.0, 0.0, 100, 1000, 0.5, 0.25)),
+        "strict": PolicyRun(strict, StepTimes(100, 12.0, 6.0, 0.0, 100, 1000, 0.5, 0.25, 4)),
     }
     return summarise(runs, samples, settings_for(samples, ["ar", "strict"]), ENVIRONMENT)
 
@@ -117,10 +119,12 @@ def test_what_drafting_costs_a_prompt_is_said_per_answer(report):
     assert strict.scoring_seconds == pytest.approx(0.25 / 4)
     assert report.policies["ar"].drafted_length is None
     assert "| strict | 10.00 | 125.0 | 62.5 |" in markdown(report)
+    # Of a run that was stopped, the part that was run to its end: of each of two questions thrice.
     samples = videofacts(2, 1, ["caption", "choice"])
-    runs = {"strict": PolicyRun([answer("strict", s.name, 3, 2, 1.0) for s in samples], StepTimes(prefill_seconds=1.2))}
+    times = StepTimes(prefill_seconds=1.2, prompts=6)
+    runs = {"strict": PolicyRun([answer("strict", s.name, 3, 2, 1.0) for s in samples], times)}
     asked_thrice = summarise(runs, samples, settings_for(samples, ["strict"], repeats=3), ENVIRONMENT)
-    assert asked_thrice.policies["strict"].draft_prefill_seconds == pytest.approx(0.1)
+    assert asked_thrice.policies["strict"].draft_prefill_seconds == pytest.approx(0.2)
 
 
 def test_throughput_is_that_of_whole_batches():
@@ -502,15 +506,40 @@ def test_a_dataset_of_the_hub_is_such_a_folder(folder, monkeypatch):
         ('{"video": "clips/a.mp4"}', "prompts.jsonl:3: prompt=None: must be text; its keys are video"),
         ('{"video": "clips/b.mp4", "prompt": "x"}', "video='clips/b.mp4': no such file"),
         ('{"video": "../secret.mp4", "prompt": "x"}', "video='../secret.mp4': no such file in the dataset's folder"),
+        ('{"video": "clips/text.mp4", "prompt": "x"}', "prompts.jsonl:3: video='clips/text.mp4': can't be opened"),
     ],
 )
 def test_wrong_lines_are_named(folder, line, message):
     (folder.parent / "secret.mp4").write_bytes(b"x")
+    (folder / "clips" / "text.mp4").write_text("no video")
     text = (folder / "prompts.jsonl").read_text().strip() + "\n" + line
     (folder / "prompts.jsonl").write_text(text)
     with pytest.raises(DatasetError) as error:
         dataset(str(folder), None, 8)
     assert message in str(error.value)
+
+
+def test_a_video_that_breaks_off_is_named(folder):
+    first, _ = dataset(str(folder), None, num_frames=8)
+    (folder / "clips" / "a.mp4").write_text("no video any more")
+    with pytest.raises(DatasetError, match=r"a\.mp4: can't be read as a video"):
+        first.load_video()
+
+
+@pytest.mark.parametrize("name", ["bench", "bench-growth"])
+def test_whoever_ends_a_bench_has_its_engines_ended(name, tmp_path, monkeypatch):
+    def is_ended(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(command, "run_bench", is_ended)
+    monkeypatch.setattr(growth, "run_growth", is_ended)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        result = CliRunner().invoke(app, [name, "--json", str(tmp_path / "x.json")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert result.exit_code == 130 and "stopped" in result.output
 
 
 @pytest.mark.parametrize(
@@ -645,15 +674,17 @@ def read_slowly(sample):
     return {"multi_modal_data": {"video": [(np.zeros(100, np.uint8), {})]}}
 
 
-def test_videos_are_read_ahead_as_many_as_there_is_room_for(monkeypatch):
+@pytest.mark.parametrize(
+    ("batch_size", "num_read"),
+    [(1, [3, 3, 3, 6, 6, 6, 7]), (2, [4, 4, 4, 4, 7, 7, 7]), (5, [5, 5, 5, 5, 5, 7, 7])],
+)
+def test_videos_are_read_ahead_as_many_as_there_is_room_for_and_no_less_than_a_batch(monkeypatch, batch_size, num_read):
     monkeypatch.setattr(run, "has_plugin", lambda llm: False)
     monkeypatch.setattr(run, "PREPARED_BYTES", 250)
     read = []
     samples = [SimpleNamespace(name=str(i)) for i in range(7)]
-    answers = run._ask(StepEngine(), "ar", samples, lambda s: read.append(s.name) or read_slowly(s), 2, 8, 0)
-    assert [(answer.sample, len(read)) for answer in answers] == [
-        *[(name, 3) for name in "012"], *[(name, 6) for name in "345"], ("6", 7)
-    ]  # fmt: skip
+    answers = run._ask(StepEngine(), "ar", samples, lambda s: read.append(s.name) or read_slowly(s), batch_size, 8, 0)
+    assert [(answer.sample, len(read)) for answer in answers] == list(zip("0123456", num_read, strict=True))
 
 
 def test_answers_that_end_in_one_step_share_its_seconds_and_while_nothing_runs_the_clock_stands(monkeypatch):

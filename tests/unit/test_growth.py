@@ -87,6 +87,7 @@ def test_page_and_plot_show_every_engine_and_point(tmp_path):
         (["--spec-tokens", "200"], "spec_tokens=200: must be at most 128"),
         (["--batch-sizes", "2,2"], "batch_sizes='2,2': must be one or more"),
         (["--samples", "1"], "samples=1: must be 2 or more"),
+        (["--vocabulary", "12"], "vocabulary=12: must be 1"),
         (["--family", "llava"], "family='llava': must be one of qwen2_5_vl"),
         (["--json", "x.txt"], "json='x.txt': must end in .json"),
     ],
@@ -121,6 +122,41 @@ def test_a_drafter_that_fails_ends_no_measurement_of_the_others(tmp_path, monkey
     report = GrowthReport.model_validate_json((tmp_path / "growth.json").read_text())
     assert report.measured == [done]
     assert (tmp_path / "growth.png").stat().st_size > 1000
+
+
+def test_a_target_that_fails_alone_is_measured_with_its_drafters(tmp_path, monkeypatch):
+    def measure(how, options, target, *drafter):
+        if how is growth._measure_alone and str(target) == "3b":
+            raise RuntimeError("no memory")
+        if how is growth._measure_alone:
+            return {(Size(24, 112, 112), 1, 16): 2.0}
+        drafter, alone = drafter
+        assert bool(alone) == (str(target) != "3b")
+        return Measured(target=str(target), drafter=str(drafter), draft_gib=1.0, accepted=ACCEPTED, points=[point()])
+
+    monkeypatch.setattr(growth, "_in_own_process", measure)
+    monkeypatch.setattr(growth, "environment", lambda command: environment_of_a_test())
+    targets, drafters = [Model("3b", None), Model("0.5b", None)], [Model(None, None), Model("0.5b", None)]
+    options = growth.GrowthOptions(json_path=tmp_path / "growth.json", targets=targets, drafters=drafters)
+    with pytest.raises(growth.BenchError, match=r"^not measured: 3b: vLLM without this package: no memory$"):
+        growth.run_growth(options, Console(quiet=True))
+    report = GrowthReport.model_validate_json((tmp_path / "growth.json").read_text())
+    assert [m.name for m in report.measured] == ["3b ← own", "3b ← 0.5b", "0.5b ← own", "0.5b ← 0.5b"]
+
+
+def test_no_further_engine_is_started_once_time_is_up(tmp_path, monkeypatch):
+    started = []
+
+    def measure(how, options, target, *drafter):
+        started.append((how, str(target)))
+        return Measured(target=str(target), drafter="own", draft_gib=1.0, accepted=ACCEPTED, points=[point()])
+
+    monkeypatch.setattr(growth, "_in_own_process", measure)
+    monkeypatch.setattr(growth, "environment", lambda command: environment_of_a_test())
+    targets = [Model("3b", None), Model("0.5b", None)]
+    options = growth.GrowthOptions(json_path=tmp_path / "growth.json", targets=targets, minutes=0)
+    growth.run_growth(options, Console(quiet=True))
+    assert started == [(growth._measure_alone, "3b"), (growth._measure, "3b")]
 
 
 def environment_of_a_test() -> Environment:

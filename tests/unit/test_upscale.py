@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,12 +136,30 @@ def test_logits_are_those_of_the_small_model(family, shape, tied):
     large = architecture(enlarged(config, shape)).eval()
     weights = dict(upscale(small.state_dict().items(), config, shape))
     large.load_state_dict(weights, strict=True)
-    assert text_shape(large.config) == shape
+    assert replace(text_shape(large.config), vocab_size=shape.vocab_size) == shape
     batch = inputs(family)
     with torch.no_grad():
         want, got = small(**batch).logits, large(**batch).logits
     assert want.std() > 0.3
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_beyond_the_small_models_are_as_unlikely_as_that_for_images(family, tied):
+    shape = replace(LARGER["larger in all"], vocab_size=VOCAB + 7)
+    config, architecture = FAMILIES[family](tied)
+    small = randomised(architecture(config))
+    large = architecture(enlarged(config, shape)).eval()
+    large.load_state_dict(dict(upscale(small.state_dict().items(), config, shape)), strict=True)
+    assert text_shape(large.config) == shape
+    batch = inputs(family)
+    with torch.no_grad():
+        want, got = small(**batch).logits, large(**batch).logits
+    torch.testing.assert_close(got[..., :VOCAB], want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got[..., VOCAB:], want[..., IMAGE, None].expand(-1, -1, 7), atol=1e-4, rtol=1e-4)
+    with pytest.raises(LVSpecConfigError, match=f"vocab_size={VOCAB}: .* must be at most {VOCAB - 1}"):
+        hf_overrides(config, replace(shape, vocab_size=VOCAB - 1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

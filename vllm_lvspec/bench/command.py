@@ -124,6 +124,8 @@ def run_bench(options: BenchOptions, console: Console, command: Sequence[str] = 
     compared = {
         **settings.model_dump(mode="json", exclude={"policies", "title"}),
         "versions": here.versions,
+        "device": here.device,
+        "cores": here.cores,
         "weights": _dates(model) + (_dates(draft.model) if draft.model else []),
         "questions": hashlib.sha256(questions.encode()).hexdigest()[:16],
     }

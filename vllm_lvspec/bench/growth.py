@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -33,7 +33,7 @@ from vllm_lvspec.bench.samples import Sample, Video, videofacts
 from vllm_lvspec.bench.videofacts.scene import video_item
 from vllm_lvspec.config import MAX_SPECULATIVE_TOKENS, METHOD
 from vllm_lvspec.reference import PAIRS
-from vllm_lvspec.reference.upscale import TEXT_SHAPES, text_shape, upscaled
+from vllm_lvspec.reference.upscale import TEXT_SHAPES, TextShape, text_shape, upscaled
 
 Result = TypeVar("Result")
 
@@ -118,6 +118,7 @@ class GrowthSettings(StrictModel):
     seed: int = Field(description="of their scenes")
     engine: dict[str, Any] = Field(description="more arguments of vLLM's engine")
     alone: bool = Field(description="whether vLLM's own engine was measured, too")
+    vocabulary: int | None = Field(None, description="tokens that larger shapes know; null: the bundled pair's")
 
 
 class GrowthReport(StrictModel):
@@ -187,6 +188,11 @@ class GrowthOptions:
     engine_arguments: dict[str, Any] = field(default_factory=dict)
     alone: bool = True
     minutes: float | None = None
+    vocabulary: int | None = None
+
+    def shape(self, name: str) -> TextShape:
+        """That of a larger text model."""
+        return replace(TEXT_SHAPES[name], vocab_size=self.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -218,27 +224,39 @@ def run_growth(options: GrowthOptions, console: Console, command: Sequence[str] 
             seed=options.seed,
             engine=options.engine_arguments,
             alone=options.alone,
+            vocabulary=options.vocabulary,
         ),
         measured=[],
     )
     options.json_path.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     failed: list[str] = []
+
+    def is_over() -> bool:
+        passed = time.perf_counter() - started
+        return bool(report.measured) and options.minutes is not None and passed > 60 * options.minutes
+
+    def attempt(name: str, measure: Callable[..., Result], *arguments: Any) -> Result | None:
+        try:
+            return _in_own_process(measure, options, target, *arguments)
+        except Exception as error:  # whatever one model can't do
+            failed.append(f"{name}: {' '.join(str(error).split()) or type(error).__name__}")
+            console.print(failed[-1], markup=False)
+            return None
+
     for target in options.targets:
         alone: dict[tuple[Size, int, int], float] = {}
         for number, drafter in enumerate(options.drafters):
-            if report.measured and options.minutes and time.perf_counter() - started > 60 * options.minutes:
-                console.print(f"{target} ← {drafter}: left out, because {options.minutes:g} minutes have passed")
+            if options.alone and number == 0 and not is_over():
+                name = f"{target}: vLLM without this package"
+                console.print(f"{name} ...")
+                alone = attempt(name, _measure_alone) or {}
+            name = f"{target} ← {drafter}"
+            if is_over():
+                console.print(f"{name}: left out, because {options.minutes:g} minutes have passed")
                 continue
-            if options.alone and number == 0:
-                console.print(f"{target}: vLLM without this package ...")
-                alone = _in_own_process(_measure_alone, options, target)
-            console.print(f"{target} ← {drafter} ...")
-            try:
-                measured = _in_own_process(_measure, options, target, drafter, alone)
-            except Exception as error:  # whatever one model can't do
-                failed.append(f"{target} ← {drafter}: {' '.join(str(error).split()) or type(error).__name__}")
-                console.print(failed[-1], markup=False)
+            console.print(f"{name} ...")
+            if (measured := attempt(name, _measure, drafter, alone)) is None:
                 continue
             report.measured.append(measured)
             options.json_path.write_text(report.model_dump_json(indent=1) + "\n")
@@ -264,6 +282,10 @@ def _check(options: GrowthOptions) -> None:
         raise BenchError(f"videos={','.join(map(str, options.videos))!r}: must be one or more, each once")
     if max(options.spec_tokens) > MAX_SPECULATIVE_TOKENS:
         raise BenchError(f"spec_tokens={max(options.spec_tokens)}: must be at most {MAX_SPECULATIVE_TOKENS}")
+    if options.vocabulary is not None:
+        least = text_shape(AutoConfig.from_pretrained(PAIRS[options.family].target)).vocab_size
+        if options.vocabulary < least:
+            raise BenchError(f"vocabulary={options.vocabulary}: must be {least}, the bundled pair's, or more")
     if options.samples < 2:
         raise BenchError(f"samples={options.samples}: must be 2 or more; an interval is made over them")
 
@@ -299,8 +321,8 @@ def _arguments(options: GrowthOptions, target: Model) -> tuple[str, dict[str, An
         arguments["max_num_batched_tokens"] = longest
     shape = text_shape(AutoConfig.from_pretrained(path))
     if target.shape is not None:
-        arguments |= upscaled(path, target.shape)
-        shape = TEXT_SHAPES[target.shape]
+        shape = options.shape(target.shape)
+        arguments |= upscaled(path, shape)
         path = arguments.pop("model")
     if target.quantization is not None:
         arguments["quantization"] = target.quantization
@@ -353,7 +375,7 @@ def _measure(
     if current_platform.is_cuda_alike() and len(options.spec_tokens) > 1:
         config["draft_length"] = "adaptive"  # under which a request's drafts of any length have a CUDA graph
     if drafter.shape is not None:
-        give_shape(drafter.shape, config, arguments)
+        give_shape(options.shape(drafter.shape), config, arguments)
     if drafter.quantization is not None:
         config["draft_quantization"] = drafter.quantization
     with running_engine(model, config, most, arguments) as llm:
@@ -394,7 +416,12 @@ def _measure(
 def _in_own_process(measure: Callable[..., Result], *arguments: Any) -> Result:
     """What vLLM keeps of an engine, on a GPU most of its memory, is gone when the next one starts."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_sent, measure, *arguments).result()
+        try:
+            return pool.submit(_sent, measure, *arguments).result()
+        except KeyboardInterrupt:  # of which the other process may not have heard
+            for process in active_children():
+                process.terminate()
+            raise
 
 
 def _sent(measure: Callable[..., Result], *arguments: Any) -> Result:
@@ -631,12 +658,13 @@ def plot(report: GrowthReport, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    # On GPUs steps without drafts run faster in vLLM's own engine, whose full CUDA graphs are made for them.
-    over = "speedup_over_alone" if torch.cuda.is_available() and report.settings.alone else "speedup"
     count = len(report.measured)
     figure, axes = pyplot.subplots(count, 4, figsize=(15, 3.2 * count), layout="constrained", squeeze=False)
     for row, measured in zip(axes, report.measured, strict=True):
         first = measured.points[0]
+        # On GPUs steps without drafts run faster in vLLM's own engine, whose full CUDA graphs are made for them.
+        knows_alone = all(point.alone_seconds is not None for point in measured.points)
+        over = "speedup_over_alone" if torch.cuda.is_available() and knows_alone else "speedup"
         for axis, (gone_through, key, label) in zip(row, _PANELS, strict=False):
             fixed = [name for name, *_ in _PANELS if name != gone_through]
             points = [p for p in measured.points if all(getattr(p, name) == getattr(first, name) for name in fixed)]
@@ -653,7 +681,14 @@ def plot(report: GrowthReport, path: Path) -> None:
         )
         seen = [measured.accepted[length] for length in lengths]
         errors = np.array([[s.speedup - s.speedup_interval[0], s.speedup_interval[1] - s.speedup] for s in seen]).T
-        row[3].errorbar(lengths, [s.speedup for s in seen], np.maximum(errors, 0), fmt="s", capsize=2, label="captions")
+        row[3].errorbar(
+            lengths,
+            [s.speedup for s in seen],
+            np.maximum(errors, 0),
+            fmt="s",
+            capsize=2,
+            label="captions, over no drafts",
+        )
         row[3].set_xlabel("K", fontsize="small")
         row[3].set_xticks(lengths)
         for axis in row:

@@ -23,7 +23,7 @@ from vllm_lvspec.bench.samples import Sample, videofacts
 from vllm_lvspec.config import METHOD
 from vllm_lvspec.draft.drafts import Drafts
 from vllm_lvspec.reference import PAIRS
-from vllm_lvspec.reference.upscale import LOAD_FORMAT, upscaled
+from vllm_lvspec.reference.upscale import LOAD_FORMAT, TextShape, upscaled
 
 NUM_RESAMPLED = 4000
 WITHOUT = "vLLM without speculation"
@@ -133,7 +133,7 @@ def target_engine(family: str, shape: str | None, batch_size: int) -> tuple[str,
     return arguments.pop("model", target), arguments
 
 
-def give_shape(shape: str, config: dict[str, Any], arguments: dict[str, Any]) -> None:
+def give_shape(shape: str | TextShape, config: dict[str, Any], arguments: dict[str, Any]) -> None:
     """Have an engine of these `arguments` run the drafter of lvspec's `config` at the cost of `shape`."""
     config["draft_hf_overrides"] = upscaled(config["model"], shape)["hf_overrides"]
     arguments["load_format"] = LOAD_FORMAT  # the target's, too, which may have its own shape

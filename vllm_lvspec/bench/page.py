@@ -37,7 +37,7 @@ intervals. `ar` is vLLM without speculation, in the same run on the same machine
 | at once | policy | throughput over ar | time to first token over ar | decode speed over ar |
 |---|---|---|---|---|
 {% for at_once, servers in report.loads.items() %}{% for policy, served in servers.items() -%}
-| {{ at_once }} | {{ policy }} |{% for text in shown(served) %} {{ text }} |{% endfor %}
+| {{ at_once }} |{% for text in shown(policy, served) %} {{ text }} |{% endfor %}
 
 {% endfor %}{% endfor %}
 {% elif is_growth(report) %}

@@ -175,7 +175,7 @@ class Settings(StrictModel):
     videos: int = Field(description="number of videos")
     seeds: list[int] = Field(description="of the suite's scenes; empty for datasets")
     tasks: list[str] = Field(description="kinds of questions")
-    policies: list[str] = Field(description="in the order in which they ran")
+    policies: list[str] = Field(description="as asked for; ngram ran last")
     model: str = Field(description="target")
     draft: str | None = Field(description="drafter; null: the plugin's choice")
     shape: str | None = Field(description="larger shape at whose cost the target was served")
@@ -369,7 +369,7 @@ def summarise(
             seeds=_figures_by([s.group for s in samples], run.answers, samples, baseline, settings.batch_size),
             stretches=_stretches(run.answers, samples),
             relevance=None if run.relevance is None else _quantiles(run.relevance),
-            **_drafting(run, settings.repeats),
+            **_drafting(run),
             profile=_profiles(run),
             bound=bound,
         )
@@ -396,14 +396,14 @@ def _figures_by(
     return result
 
 
-def _drafting(run: PolicyRun, repeats: int) -> dict[str, float | None]:
+def _drafting(run: PolicyRun) -> dict[str, float | None]:
     times = run.times
     if times is None:
         return dict.fromkeys(("drafted_length", "draft_prefill_seconds", "scoring_seconds"))
     return {
         "drafted_length": times.drafted_tokens / times.requests if times.requests else None,
-        "draft_prefill_seconds": times.prefill_seconds / (repeats * len(run.answers)),
-        "scoring_seconds": times.scoring_seconds / (repeats * len(run.answers)),
+        "draft_prefill_seconds": times.prefill_seconds / times.prompts if times.prompts else None,
+        "scoring_seconds": times.scoring_seconds / times.prompts if times.prompts else None,
     }
 
 

@@ -53,6 +53,7 @@ class StepTimes:
     drafted_tokens: float = 0
     prefill_seconds: float = 0.0  # of the drafter over all prompts
     scoring_seconds: float = 0.0  # of the target over all prompts, where the strategy asks it
+    prompts: float = 0
 
 
 # Of each kind of step (`decode`, `prompt`): how many there were (`steps`), and seconds of each part (`seconds`).
@@ -173,6 +174,7 @@ def run_policies(
                     engines[policy].warm_up(samples)
             asked = [policy for policy in engines if len(journal.answers[policy]) < len(samples)]
             before = {policy: _counters(engines[policy].llm) for policy in asked}
+            num_asked = {policy: repeats * (len(samples) - len(journal.answers[policy])) for policy in asked}
             size = batch_size if side_by_side or repeats > 1 else len(samples)
             for number, group in enumerate(batched(samples, size)):
                 for policy in turned(asked, number):
@@ -182,7 +184,7 @@ def run_policies(
                         on_answer(policy)
             for policy in asked:
                 if (then := before[policy]) is not None and (now := _counters(engines[policy].llm)) is not None:
-                    times = {k: v - then[0][k] for k, v in now[0].items()}
+                    times = {k: v - then[0][k] for k, v in now[0].items()} | {"prompts": num_asked[policy]}
                     relevance = [b - a for a, b in zip(then[1], now[1], strict=True)]
                     journal.add({"policy": policy, "times": times, "relevance": relevance})
             for policy, engine in engines.items() if with_profile else ():
@@ -328,12 +330,14 @@ def _with_reasons(llm: Any, answers: Sequence[Answer]) -> list[Answer]:
 
 
 def _prepared(
-    waiting: Iterator[Sample], prompt: Callable[[Sample], dict[str, Any]]
+    waiting: Iterator[Sample], prompt: Callable[[Sample], dict[str, Any]], batch_size: int
 ) -> deque[tuple[Sample, dict[str, Any]]]:
-    """The next inputs, with as many videos as fit into `PREPARED_BYTES`, one at least."""
+    """The next inputs, with as many videos as fit into `PREPARED_BYTES`; of whole batches, which run at once anyway."""
     ready: deque[tuple[Sample, dict[str, Any]]] = deque()
     num_bytes = 0
-    while num_bytes < PREPARED_BYTES and (sample := next(waiting, None)) is not None:
+    while num_bytes < PREPARED_BYTES or len(ready) % batch_size:
+        if (sample := next(waiting, None)) is None:
+            break
         inputs = prompt(sample)
         num_bytes += sum(frames.nbytes for frames, _ in inputs["multi_modal_data"]["video"])
         ready.append((sample, inputs))
@@ -370,7 +374,7 @@ def _ask(
             finished.clear()
         if not running:
             if not ready:
-                ready = _prepared(waiting, prompt)
+                ready = _prepared(waiting, prompt, batch_size)
             before = time.perf_counter()
         while ready and len(running) < batch_size:
             sample, inputs = ready.popleft()

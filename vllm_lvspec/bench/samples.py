@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from vllm_lvspec.bench.videofacts.scene import FPS, NUM_FRAMES, Scene, video_item
@@ -96,6 +97,7 @@ def dataset(
             f"dataset={name!r}: no .jsonl file in it; each line must name a {video_key} and a {prompt_key}"
         )
     samples = []
+    opened: set[Path] = set()
     for path in lists:
         for number, entry in _entries(path):
             where = f"{path.relative_to(folder)}:{number}"
@@ -114,6 +116,9 @@ def dataset(
                 inside = video.resolve().is_relative_to(folder.resolve())
             if not inside or not video.is_file():
                 raise DatasetError(f"{where}: {video_key}={entry[video_key]!r}: no such file in the dataset's folder")
+            if video not in opened and not _can_be_opened(video):  # before any engine has answered anything
+                raise DatasetError(f"{where}: {video_key}={entry[video_key]!r}: can't be opened as a video")
+            opened.add(video)
             task = str(entry.get("task", "prompt"))
             load = partial(_decoded, video, num_frames)
             version = f"{video.stat().st_size} bytes, {video.stat().st_mtime_ns}"
@@ -161,7 +166,18 @@ def _download(repository: str, revision: str, file: str, where: str) -> None:
         raise DatasetError(f"{where}: {file!r} of 'hf:{repository}' can't be had from the hub: {error}") from None
 
 
+def _can_be_opened(path: Path) -> bool:
+    capture = cv2.VideoCapture(str(path))
+    try:
+        return capture.isOpened()
+    finally:
+        capture.release()
+
+
 def _decoded(path: Path, num_frames: int) -> Video:
     from vllm.multimodal.media import ImageMediaIO, VideoMediaIO
 
-    return VideoMediaIO(ImageMediaIO(), num_frames=num_frames).load_file(path).media
+    try:
+        return VideoMediaIO(ImageMediaIO(), num_frames=num_frames).load_file(path).media
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path}: can't be read as a video: {error}") from None

@@ -323,10 +323,12 @@ def _interval(values: np.ndarray, mean: Callable[..., Any]) -> Interval:
     return float(low), float(high)
 
 
-def shown(served: Served) -> list[str]:
-    """A row of the table: ratios to ar with their intervals; a dash where there is none."""
+def shown(policy: str, served: Served) -> list[str]:
+    """A row of the table: the policy, and how many requests failed where some did; ratios to ar with their intervals, a
+    dash where there is none."""
+    failed = f" ({served.failed} failed)" if served.failed else ""
     names = ("throughput_over_ar", "first_token_over_ar", "speedup")
-    return [_figure(getattr(served, name), served.intervals.get(name)) for name in names]
+    return [policy + failed, *(_figure(getattr(served, name), served.intervals.get(name)) for name in names)]
 
 
 def _table(report: ServedReport) -> Table:
@@ -336,8 +338,7 @@ def _table(report: ServedReport) -> Table:
     table = Table(*headings, title=title)
     for at_once, servers in report.loads.items():
         for policy, served in servers.items():
-            failed = f" ({served.failed} failed)" if served.failed else ""
-            table.add_row(str(at_once), policy + failed, *shown(served))
+            table.add_row(str(at_once), *shown(policy, served))
     return table
 
 

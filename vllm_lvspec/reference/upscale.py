@@ -14,10 +14,12 @@ The larger model is the small one because (d, D: hidden size, small and large; h
 - RoPE turns the pair `(i, i + h/2)` by `theta^(-2i/h)`. For `H = r·h` that is the frequency of the pair
   `(r·i, r·i + H/2)`, where the small model's dimensions go; sections of M-RoPE grow r-fold. `sqrt(H/h)` in the queries
   makes up for the scale `1/sqrt(H)` of their products;
-- a layer beyond the small model's has zero weights, so it adds nothing to the hidden state.
+- a layer beyond the small model's has zero weights, so it adds nothing to the hidden state;
+- a token beyond the small model's vocabulary, where a larger one is asked for, has the weights of the one that stands
+  for images, which no model says. The best token stays what it is; probabilities change by next to nothing.
 
 In float32 the outputs differ by rounding alone; in bfloat16 the two factors above are themselves rounded, as all
-weights are. The vocabulary, the vision tower and its inputs stay the small model's. Zeros may be cheaper than other
+weights are. The vision tower and its inputs stay the small model's. Zeros may be cheaper than other
 numbers where the power that a device may draw, and not its memory or its arithmetic, limits it.
 """
 
@@ -39,13 +41,17 @@ LOAD_FORMAT = "lvspec_upscale"
 
 @dataclass(frozen=True)
 class TextShape:
-    """The shape of a Qwen2 text model. Raises LVSpecConfigError where heads can't be shared out evenly."""
+    """The shape of a Qwen2 text model. Raises LVSpecConfigError where heads can't be shared out evenly.
+
+    `vocab_size`: None for the small model's own.
+    """
 
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     intermediate_size: int
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         for key, divisor in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
@@ -100,6 +106,7 @@ OUTSIDE_LAYERS = {
     "multi_modal_projector.linear_2.bias": (HIDDEN,),
     "image_newline": (HIDDEN,),
 }
+OF_TOKENS = ("embed_tokens.weight", "lm_head.weight")
 IN_TOWER = {"visual.merger.mlp.2.weight": (HIDDEN, OTHER), "visual.merger.mlp.2.bias": (HIDDEN,)}
 TOWER_NAME = re.compile(r"(^|\.)(visual|vision_tower)\.")
 LAYER_NAME = re.compile(r"^(.*\blayers\.)(\d+)\.(.+)$")
@@ -133,6 +140,7 @@ def text_shape(config: PretrainedConfig) -> TextShape:
         num_attention_heads=heads,
         num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
         intermediate_size=text.intermediate_size,
+        vocab_size=text.vocab_size,
     )
 
 
@@ -144,7 +152,7 @@ def hf_overrides(config: PretrainedConfig, shape: TextShape) -> dict[str, dict[s
     small = _check_fits(config, shape)
     text = config.text_config
     changed: dict[str, Any] = {
-        **asdict(shape),
+        **{key: value for key, value in asdict(shape).items() if value is not None},
         "head_dim": shape.head_dim,
         "rms_norm_eps": text.rms_norm_eps * small.hidden_size / shape.hidden_size,
         "layer_types": ["full_attention"] * shape.num_hidden_layers,
@@ -197,6 +205,9 @@ def upscale(
             large = large.float() * math.sqrt(small.hidden_size / shape.hidden_size)
         elif "q_proj" in kind:
             large = large.float() * math.sqrt(shape.head_dim / small.head_dim)
+        elif kind in OF_TOKENS and shape.vocab_size is not None:
+            image = large[getattr(config, "image_token_id", None) or config.image_token_index]
+            large = torch.cat([large, image.expand(shape.vocab_size - len(large), -1)])
         if (match := LAYER_NAME.match(name)) and not int(match[2]):
             layers[match[1] + "{}." + kind] = tensor.new_tensor(float("norm" in kind)).expand(large.shape)
         yield name, large
@@ -263,7 +274,7 @@ def _check_fits(config: PretrainedConfig, shape: TextShape) -> TextShape:
     for key in (*asdict(small), "group_size"):
         ours, most = getattr(small, key), getattr(shape, key)
         name = "num_attention_heads / num_key_value_heads" if key == "group_size" else key
-        _require(ours <= most, f"{name}={ours}: larger than the shape's; must be at most {most}")
+        _require(most is None or ours <= most, f"{name}={ours}: larger than the shape's; must be at most {most}")
     _require(
         shape.head_dim % small.head_dim == 0,
         f"head_dim={small.head_dim} (hidden_size / num_attention_heads): must divide the shape's head_dim="
