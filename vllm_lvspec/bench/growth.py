@@ -283,7 +283,7 @@ def _check(options: GrowthOptions) -> None:
     if max(options.spec_tokens) > MAX_SPECULATIVE_TOKENS:
         raise BenchError(f"spec_tokens={max(options.spec_tokens)}: must be at most {MAX_SPECULATIVE_TOKENS}")
     if options.vocabulary is not None:
-        least = text_shape(AutoConfig.from_pretrained(PAIRS[options.family].target)).vocab_size
+        least = AutoConfig.from_pretrained(PAIRS[options.family].target).get_text_config().vocab_size
         if options.vocabulary < least:
             raise BenchError(f"vocabulary={options.vocabulary}: must be {least}, the bundled pair's, or more")
     if options.samples < 2:
