@@ -241,7 +241,12 @@ def test_requests_that_begin_with_one_token_are_filled_up_with_padding(yes, engi
     others = generate_requests(QWEN, 4, seed=21)
     for request in others:
         request.params = greedy(60)
-    params = [greedy(20), SamplingParams(temperature=0, max_tokens=20, repetition_penalty=1.3)]
+    forced = StructuredOutputsParams(choice=["a red circle moves", "a blue square slides to the left"])
+    params = [
+        greedy(20),
+        SamplingParams(temperature=0, max_tokens=20, repetition_penalty=1.3),
+        SamplingParams(temperature=0, max_tokens=20, structured_outputs=forced),
+    ]
     want = [engines(QWEN).llm.generate(words, p, use_tqdm=False)[0].outputs[0].token_ids for p in params]
     engine = engines(QWEN, drafter=0)
     core = engine.llm.llm_engine
@@ -259,7 +264,7 @@ def test_requests_that_begin_with_one_token_are_filled_up_with_padding(yes, engi
                     answers[output.request_id] = list(output.outputs[0].token_ids)
             if step > 8 and not core.has_unfinished_requests():
                 break
-    assert filled[VLLMS] == 2 * engine.llm.llm_engine.vllm_config.speculative_config.num_speculative_tokens
+    assert filled[VLLMS] == 3 * engine.llm.llm_engine.vllm_config.speculative_config.num_speculative_tokens
     # None of it is verified, and so it has no logits.
     verified, drafted = (engine.stats()[name] - before[name] for name in ("verified_strict", "drafted_tokens"))
     assert verified == by_vllm["num_draft_tokens"] <= drafted

@@ -4,8 +4,7 @@ To plan a step, how many tokens each request has drafted is enough. The tokens g
 device, so that the host makes that step ready, and launches it, while the drafter is running.
 
 vLLM has placeholders of its own, for which there is no draft: it fills up a request that begins with one token, as one
-does whose prompt is cached. They are taken for padding (`scheduler`), but for those of a request with a grammar, which
-are rejected.
+does whose prompt is cached. They are taken for padding (`scheduler`).
 
 Padding behind drafts makes a batch one that vLLM has recorded as a CUDA graph: as many tokens of each request as of all
 others. The target runs over it, and nobody looks at what comes of that.

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorStats
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ECConnectorOutput, ModelRunnerOutput
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_lvspec.engine.placeholders import PADDING_TOKEN_ID, num_drafted
+from vllm_lvspec.engine.placeholders import PADDING_TOKEN_ID, num_drafted, without_padding
 from vllm_lvspec.observe.metrics import take_along
 
 
@@ -47,8 +48,10 @@ class LVSpecScheduler(Scheduler):
             request.req_id for request in output.scheduled_new_reqs
         } | output.scheduled_cached_reqs.resumed_req_ids
         for req_id in joining & drafts.keys():
-            if not self.requests[req_id].use_structured_output:  # whose grammar would be told of padding
-                drafts[req_id] = [PADDING_TOKEN_ID] * len(drafts[req_id])
+            drafts[req_id] = [PADDING_TOKEN_ID] * len(drafts[req_id])
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        return super().get_grammar_bitmask(without_padding(scheduler_output))
 
     def _drop_useless_padding(self) -> None:
         """Padding makes a graph only of steps in which all have as many tokens, and no prompt is read."""
@@ -60,6 +63,20 @@ class LVSpecScheduler(Scheduler):
         if may_join or len({len(request.spec_token_ids) for request in self.running}) > 1:
             for request in self.running:
                 request.spec_token_ids = request.spec_token_ids[: num_drafted(request.spec_token_ids)]
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: SpecDecodingStats | None,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
+    ) -> SpecDecodingStats | None:
+        if num_draft_tokens == (num_invalid_spec_tokens or {}).get(request_id):  # no draft at all
+            return spec_decoding_stats
+        return super().make_spec_decoding_stats(
+            spec_decoding_stats, num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens, request_id
+        )
 
     def make_stats(
         self, *args: Any, ec_connector_stats: ECConnectorStats | None = None, **kwargs: Any
