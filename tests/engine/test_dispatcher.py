@@ -204,11 +204,12 @@ def test_a_prompt_whose_attention_is_asked_for_is_read_where_one_can_look_on():
     assert graph_of(runner, [CHAIN] * 2)[0] == CUDAGraphMode.FULL
 
 
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "FULL_DECODE_ONLY", "FULL"])
 @pytest.mark.parametrize(("computed", "is_full"), [(12, False), (19, False), (20, True), (30, True)])
 @pytest.mark.parametrize("rest", [CHAIN, CHAIN - 3, 1])
-def test_what_is_seen_is_read_where_the_model_can_tidy_up_behind_it(computed, is_full, rest):
+def test_what_is_seen_is_read_where_the_model_can_tidy_up_behind_it(computed, is_full, rest, mode):
     """Qwen3-VL's later layers are given more of it, in buffers that are cleared behind the graph."""
-    runner = ours(has_parts=True)
+    runner = ours(mode, has_parts=True)
     runner.input_batch.req_ids, runner.input_batch.num_reqs = ["a"], 1
     runner.input_batch.num_computed_tokens_cpu = np.array([computed, 7], dtype=np.int32)
     runner.input_batch.num_prompt_tokens = np.array([min(computed + rest, 30), 9], dtype=np.int32)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.distributed import get_tp_group
 from vllm.forward_context import BatchDescriptor
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -355,9 +356,12 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         self, *args: Any, num_reqs: int, max_num_scheduled_tokens: int, **kwargs: Any
     ) -> Any:
         # The rest of a prompt may be as long as a decode.
-        looks = "force_uniform_decode" not in kwargs and (self.scores.must_look() or self._reads_items())
-        if self._measures_pieces or looks:
+        is_step = "force_uniform_decode" not in kwargs
+        reads_items = is_step and self._reads_items()
+        if self._measures_pieces or reads_items or (is_step and self.scores.must_look()):
             kwargs["force_uniform_decode"] = False
+        if reads_items and self.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL:
+            kwargs["force_eager"] = True  # there, all graphs are full
         with self._decodes_of(self.cudagraph_dispatcher.decodes_like(num_reqs, max_num_scheduled_tokens)):
             return super()._determine_batch_execution_and_padding(
                 *args, num_reqs=num_reqs, max_num_scheduled_tokens=max_num_scheduled_tokens, **kwargs
