@@ -112,6 +112,17 @@ def test_weights_are_counted_as_they_are_loaded():
     assert whole.why == "shared by 2 ranks, but for its visual encoder"
 
 
+def test_the_target_is_counted_as_it_is_quantised_and_encoders_as_they_are_split(monkeypatch):
+    counted = []
+    monkeypatch.setattr(doctor, "_weights", lambda *args: counted.append(args) or Part(args[0], 0, ""))
+    code, shown = run("--kv-cache-memory-bytes", "256M", "--dtype", "bfloat16", "--quantization", "fp8_per_channel")
+    assert code == FINE, shown
+    assert [(name, *rest) for name, _, size, _, *rest in counted] == [("target", "fp8_per_channel"), ("drafter", None)]
+    monkeypatch.setattr("vllm_lvspec.engine.compatibility.fit_encoder", lambda model, size: counted.append(size))
+    run("--kv-cache-memory-bytes", "256M")
+    assert counted.count(1) == 2, "where the engine is checked, and where it is counted"
+
+
 def test_what_is_known_of_sizes_fits_what_vllm_quantises():
     assert set(doctor.QUANTISED_BITS) <= {"fp8", *ONLINE_QUANT_SHORTHAND_NAMES}
 

@@ -82,7 +82,7 @@ def draft_model_config(target: ModelConfig, config: LVSpecConfig) -> ModelConfig
 
 def draft_vllm_config(vllm_config: VllmConfig, draft: ModelConfig) -> VllmConfig:
     """The configuration that `draft` is built from. Raises LVSpecConfigError where vLLM refuses it."""
-    _fit_encoder(draft, vllm_config.parallel_config.tensor_parallel_size)
+    fit_encoder(draft, vllm_config.parallel_config.tensor_parallel_size)
     # vLLM writes into the parts of a configuration when it is made; the target must not see that.
     cache = copy.deepcopy(vllm_config.cache_config)
     cache.kv_cache_layout = cache.sliding_window = cache.num_gpu_blocks_override = cache.skip_page_size_padded = None
@@ -280,7 +280,7 @@ def _check_heads(vllm_config: VllmConfig, draft: ModelConfig) -> None:
         )
 
 
-def _fit_encoder(draft: ModelConfig, num_ranks: int) -> None:
+def fit_encoder(draft: ModelConfig, num_ranks: int) -> None:
     """Have each rank encode some of the drafter's items whole, where its visual encoder can't be split over so many.
 
     Qwen2.5-VL's of 3B and 7B can't over 8 ranks, and that of 32B and 72B can. Raises LVSpecConfigError for models that

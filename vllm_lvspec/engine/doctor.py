@@ -210,15 +210,16 @@ def memory_fit(vllm_config: VllmConfig, config: LVSpecConfig) -> Fit:
     """What target, drafter and caches would take on each rank, without loading them."""
     from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
 
-    from vllm_lvspec.engine.compatibility import draft_model_config
+    from vllm_lvspec.engine.compatibility import draft_model_config, fit_encoder
     from vllm_lvspec.engine.memory import default_cache_bytes, device_memory, logits_bytes
 
     target, cache = vllm_config.model_config, vllm_config.cache_config
     size, folder = vllm_config.parallel_config.tensor_parallel_size, vllm_config.load_config.download_dir
     draft = target if config.model == SELF else draft_model_config(target, config)
     memory, free = device_memory(size)
-    parts = [_weights("target", target, size, folder)]
+    parts = [_weights("target", target, size, folder, target.quantization)]
     if config.model != SELF:
+        fit_encoder(draft, size)
         parts.append(_weights("drafter", draft, size, folder, config.draft_quantization))
     block = cache.block_size or 16
     blocks = -(-min(draft.max_model_len, target.max_model_len) // block) * vllm_config.scheduler_config.max_num_seqs
@@ -271,7 +272,7 @@ def _feature_bytes(target: ModelConfig, config: LVSpecConfig, num_ranks: int) ->
 def _weights(
     name: str, model: ModelConfig, num_ranks: int, cache_dir: str | None, quantization: str | None = None
 ) -> Part:
-    """What a rank has of them. `quantization`: of the drafter's language model, where it is not its checkpoint's."""
+    """What a rank has of them. `quantization`: of the language model as it is loaded, where its checkpoint has none."""
     shared = [f"shared by {num_ranks} ranks"] if num_ranks > 1 else []
     if model.quantization:
         shared.append(f"{model.quantization} when loaded")
