@@ -450,7 +450,9 @@ def test_known_pairs_follow_the_way_the_target_is_named(pair, tmp_path):
     assert default_draft_model("Qwen/Qwen2.5-VL-32B-Instruct-AWQ") == "Qwen/Qwen2.5-VL-7B-Instruct"
     assert default_draft_model("Qwen/Qwen2-VL-72B-Instruct-GPTQ-Int4") == "Qwen/Qwen2-VL-7B-Instruct"
     assert default_draft_model("Qwen/Qwen3-VL-32B-Instruct-FP8") == "Qwen/Qwen3-VL-4B-Instruct"
-    assert default_draft_model("someone/Qwen2.5-VL-32B-Instruct-tuned") is None
+    assert default_draft_model("someone/Qwen2.5-VL-32B-Instruct") == "someone/Qwen2.5-VL-7B-Instruct"
+    for name in ("someone/Qwen2.5-VL-32B-Instruct-tuned", "someone/Qwen2.5-VL-32B-Instruct-AWQ"):
+        assert default_draft_model(name) is None
     assert default_draft_model("someone/something") is None
     cached = tmp_path / "models--Qwen--Qwen2.5-VL-32B-Instruct" / "snapshots" / "0123abc"
     cached.mkdir(parents=True)

@@ -26,22 +26,19 @@ _QUANTIZED = re.compile(r"-(AWQ|FP8|GPTQ-Int[48])$")
 def default_draft_model(target: str) -> str | None:
     """The drafter that goes with `target`, a folder or a name of the hub, or None where none is known.
 
-    A quantised target has the drafter of the one that it was made from. A target in a folder takes the drafter from the
-    folder beside it, if that is there. A folder called `target` beside one called `draft` is a pair.
+    A quantised target of Qwen's has the drafter of the one that it was made from; who quantises others' models seldom
+    has small ones, too. A target in a folder takes the drafter from the folder beside it, if that is there. A folder
+    called `target` beside one called `draft` is a pair.
     """
     path = Path(target)
     if cached := re.search(r"models--([^/]+?)--([^/]+)/snapshots/", target + "/"):
         target = "/".join(cached.groups())  # where vLLM works offline it names the hub's cache
     elif path.is_dir():
         path = path.absolute()
-        partner = "draft" if path.name == "target" else _partner(path.name)
+        partner = "draft" if path.name == "target" else KNOWN_PAIRS.get(_QUANTIZED.sub("", path.name))
         return str(path.with_name(partner)) if partner and path.with_name(partner).is_dir() else None
     owner, _, name = target.rpartition("/")
-    partner = _partner(name)
+    partner = KNOWN_PAIRS.get(_QUANTIZED.sub("", name) if owner in ("", "Qwen") else name)
     if partner is None:
         return None
     return f"{owner}/{partner}" if owner else partner
-
-
-def _partner(name: str) -> str | None:
-    return KNOWN_PAIRS.get(_QUANTIZED.sub("", name))

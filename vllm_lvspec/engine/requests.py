@@ -88,8 +88,8 @@ class RequestChecker(LogitsProcessor):
         if (token_ids := sampling_params.logprob_token_ids) is not None:
             # vLLM 0.32 has none for drafted tokens, and dies of them where others ask for log probabilities.
             raise RequestError(
-                f"logprob_token_ids={token_ids!r}: not supported under speculation; must be unset (logprobs=N gives "
-                "those of the N most likely tokens)"
+                f"logprob_token_ids={token_ids!r}: not supported under speculation, nor is generative scoring, "
+                "which asks for them; must be unset (logprobs=N gives those of the N most likely tokens)"
             )
 
 
