@@ -238,7 +238,7 @@ def run_growth(options: GrowthOptions, console: Console, command: Sequence[str] 
 
     def attempt(name: str, measure: Callable[..., Result], *arguments: Any) -> Result | None:
         try:
-            return _in_own_process(measure, options, target, *arguments)
+            return _in_own_process(measure, options, *arguments)
         except Exception as error:  # whatever one model can't do
             failed.append(f"{name}: {' '.join(str(error).split()) or type(error).__name__}")
             console.print(failed[-1], markup=False)
@@ -250,13 +250,13 @@ def run_growth(options: GrowthOptions, console: Console, command: Sequence[str] 
             if options.alone and number == 0 and not is_over():
                 name = f"{target}: vLLM without this package"
                 console.print(f"{name} ...")
-                alone = attempt(name, _measure_alone) or {}
+                alone = attempt(name, _measure_alone, target) or {}
             name = f"{target} ← {drafter}"
             if is_over():
                 console.print(f"{name}: left out, because {options.minutes:g} minutes have passed")
                 continue
             console.print(f"{name} ...")
-            if (measured := attempt(name, _measure, drafter, alone)) is None:
+            if (measured := attempt(name, _measure, target, drafter, alone)) is None:
                 continue
             report.measured.append(measured)
             options.json_path.write_text(report.model_dump_json(indent=1) + "\n")

@@ -36,8 +36,7 @@ class StepCosts:
     any length; `verification`: times as long as by the others a step of the target with drafts takes, of which a part
     may be done while the drafter runs; `per_guess`: how much longer, of its forward for one token of a request, the
     drafter takes for each further one that it reads at once; `pieces`: instead of `target`, and no less, where a step
-    that could be one graph
-    is launched in pieces, None where there are no graphs."""
+    that could be one graph is launched in pieces, None where there are no graphs."""
 
     rows: Sequence[int]
     target: Sequence[float]

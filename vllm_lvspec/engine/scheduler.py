@@ -44,9 +44,8 @@ class LVSpecScheduler(Scheduler):
         Whole queues can join so, and nobody has planned for logits of what was never drafted.
         """
         drafts = output.scheduled_spec_decode_tokens
-        joining = {
-            request.req_id for request in output.scheduled_new_reqs
-        } | output.scheduled_cached_reqs.resumed_req_ids
+        joining = {request.req_id for request in output.scheduled_new_reqs}
+        joining |= output.scheduled_cached_reqs.resumed_req_ids
         for req_id in joining & drafts.keys():
             drafts[req_id] = [PADDING_TOKEN_ID] * len(drafts[req_id])
 
