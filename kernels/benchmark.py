@@ -19,6 +19,7 @@ from vllm_lvspec.kernels.acceptance import Chains, Rules, accept_reference, laun
 from vllm_lvspec.kernels.advance_decode import advance_decode_reference, launch_advance_decode
 from vllm_lvspec.kernels.attention_mass import attention_mass_reference, gather_keys, launch_attention_mass
 from vllm_lvspec.kernels.copy_slots import PagedCaches, copy_slots_reference, launch_copy_slots
+from vllm_lvspec.kernels.mxfp4_matvec import Matrix, Workspace, launch_mxfp4_matvec, mxfp4_matvec_reference
 from vllm_lvspec.kernels.relevance import (
     VisualPages,
     launch_mean_of_top,
@@ -26,6 +27,7 @@ from vllm_lvspec.kernels.relevance import (
     mean_of_top_reference,
     top_cosines_reference,
 )
+from vllm_lvspec.kernels.silu_and_mul import launch_silu_and_mul, silu_and_mul_reference
 
 COPY_BYTES = 2**28
 VOCABULARY = 152064
@@ -136,17 +138,44 @@ def copy_slots_case(num_tokens: int, num_layers: int, device: torch.device) -> C
     )
 
 
+def mxfp4_matvec_case(height: int, width: int, device: torch.device) -> Case:
+    matrix = Matrix(
+        torch.randint(-(2**31), 2**31 - 1, (height // 16, 2 * width), device=device, dtype=torch.int32),
+        torch.randint(118, 125, (height // 32, width), device=device).to(torch.uint8),
+    )
+    x, workspace = torch.randn(1, height, device=device).bfloat16(), Workspace(device)
+    return Case(
+        f"mxfp4_matvec, {height} x {width}",
+        lambda: launch_mxfp4_matvec(x, matrix, workspace),
+        lambda: mxfp4_matvec_reference(x, matrix),
+        height * width // 2 + height * width // 32,
+    )
+
+
+def silu_and_mul_case(num_rows: int, width: int, device: torch.device) -> Case:
+    x = torch.randn(num_rows, 2 * width, device=device).bfloat16()
+    return Case(
+        f"silu_and_mul, {num_rows} x {width}",
+        lambda: launch_silu_and_mul(x),
+        lambda: silu_and_mul_reference(x),
+        num_rows * width * 6,
+    )
+
+
 def cases(device: torch.device) -> list[Case]:
     large = device.type == "cuda"
     videos = [(1, 12544), (8, 12544), (32, 3136)] if large else [(1, 784), (4, 196)]
     attentions = [(64, 25088, 12544, 40, 8), (64, 25088, 12544, 5, 1)] if large else [(16, 1568, 784, 8, 2)]
     copies = [(10, 64), (1250, 64)] if large else [(125, 4)]
+    matrices = [(3584, 4608), (3584, 37888), (18944, 3584)] if large else [(256, 512)]
     return [
         *(relevance_case(n, 10, visual, 3584, device) for n, visual in videos),
         *(acceptance_case(n, 10, device) for n in (1, 32, 256)),
         *(advance_decode_case(n, device) for n in (1, 256)),
         *(attention_mass_case(*sizes, device) for sizes in attentions),
         *(copy_slots_case(*sizes, device) for sizes in copies),
+        *(mxfp4_matvec_case(*sizes, device) for sizes in matrices),
+        silu_and_mul_case(1, 18944, device),
     ]
 
 

@@ -9,7 +9,9 @@ from vllm_lvspec.kernels.acceptance import _accept_kernel
 from vllm_lvspec.kernels.advance_decode import _advance_decode_kernel
 from vllm_lvspec.kernels.attention_mass import _attention_mass_kernel, _join_log_sums_kernel, _log_sums_kernel
 from vllm_lvspec.kernels.copy_slots import _copy_slots_kernel
+from vllm_lvspec.kernels.mxfp4_matvec import _mxfp4_matvec_kernel
 from vllm_lvspec.kernels.relevance import _mean_of_top_kernel, _top_cosines_kernel
+from vllm_lvspec.kernels.silu_and_mul import _silu_and_mul_kernel
 
 KERNELS = {
     "accept": ASTSource(
@@ -203,12 +205,61 @@ KERNELS = {
         },
         constexprs={"NUM_SPLITS": 16, "TOP": 16},
     ),
+    **{
+        f"silu_and_mul_{dtype}": ASTSource(
+            fn=_silu_and_mul_kernel,
+            signature={
+                "x_ptr": f"*{dtype}",
+                "x_stride": "i32",
+                "out_ptr": f"*{dtype}",
+                "width": "i32",
+                "BLOCK": "constexpr",
+            },
+            constexprs={"BLOCK": 1024},
+        )
+        for dtype in ("bf16", "fp16", "fp32")
+    },
 }
 
 BINARIES = {"cuda": "cubin", "hip": "hsaco"}
+
+
+def mxfp4_matvec(backend: str) -> ASTSource:
+    signature = {
+        "x_ptr": "*i32",
+        "weight_ptr": "*i32",
+        "scales_ptr": "*i16",
+        "bias_ptr": "*bf16",
+        "out_ptr": "*bf16",
+        "parts_ptr": "*fp32",
+        "arrived_ptr": "*i32",
+        "num_columns": "i32",
+        "num_groups": "i32",
+        "num_splits": "i32",
+        "GROUPS": "constexpr",
+        "BLOCK_S": "constexpr",
+        "HAS_BIAS": "constexpr",
+        "ASM": "constexpr",
+    }
+    aligned = [i for i, name in enumerate(signature) if name.endswith("_ptr") or name == "num_columns"]
+    return ASTSource(
+        fn=_mxfp4_matvec_kernel,
+        signature=signature,
+        constexprs={"GROUPS": 8, "BLOCK_S": 16, "HAS_BIAS": True, "ASM": backend == "cuda"},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+
 
 for name in sys.argv[1:]:
     backend, arch = name.split(":")
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
     for kernel, source in KERNELS.items():
         print(name, kernel, len(compile(source, target=target).asm[BINARIES[backend]]))
+    compiled = compile(mxfp4_matvec(backend), target=target, options={"num_warps": 1})
+    print(name, "mxfp4_matvec", len(compiled.asm[BINARIES[backend]]))
+    # What tensor cores are given lies with the threads that it must lie with, and nothing is moved there first.
+    if backend == "cuda":
+        weights = [line for line in compiled.asm["ttgir"].splitlines() if "tt.elementwise_inline_asm" in line]
+        assert len(weights) == 1 and "tensor<128x8xi32, #blocked>" in weights[0], weights
+        layout = "#blocked = #ttg.blocked<{sizePerThread = [4, 1], threadsPerWarp = [32, 1]"
+        assert layout in compiled.asm["ttgir"], compiled.asm["ttgir"]

@@ -11,14 +11,18 @@ import vllm_lvspec.kernels.acceptance
 import vllm_lvspec.kernels.advance_decode
 import vllm_lvspec.kernels.attention_mass
 import vllm_lvspec.kernels.copy_slots
+import vllm_lvspec.kernels.mxfp4_matvec
 import vllm_lvspec.kernels.relevance
+import vllm_lvspec.kernels.silu_and_mul
 
 KERNELS = [
     vllm_lvspec.kernels.acceptance,
     vllm_lvspec.kernels.advance_decode,
     vllm_lvspec.kernels.attention_mass,
     vllm_lvspec.kernels.copy_slots,
+    vllm_lvspec.kernels.mxfp4_matvec,
     vllm_lvspec.kernels.relevance,
+    vllm_lvspec.kernels.silu_and_mul,
 ]
 MODULES = [*KERNELS, triton.language, triton.language.standard]  # whose sort is written in Triton itself
 

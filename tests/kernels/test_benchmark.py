@@ -8,7 +8,15 @@ def test_every_kernel_is_timed_beside_its_reference(monkeypatch, capsys):
     benchmark.main()
     shown = capsys.readouterr().out
     assert "a copy moves" in shown
-    for name in ("relevance", "acceptance", "advance_decode", "attention_mass", "copy_slots"):
+    for name in (
+        "relevance",
+        "acceptance",
+        "advance_decode",
+        "attention_mass",
+        "copy_slots",
+        "mxfp4_matvec",
+        "silu_and_mul",
+    ):
         assert name in shown
 
 
@@ -20,6 +28,11 @@ def test_the_timed_launches_are_of_what_the_references_compute(device):
     assert torch.allclose(small[0].launch(), small[0].reference(), atol=1e-2)
     launched, wanted = vars(small[1].launch()), vars(small[1].reference())
     assert all(torch.equal(launched[name], wanted[name]) for name in wanted)
+    rounded = {"rtol": 0.02, "atol": 0.1}
+    matrix = benchmark.mxfp4_matvec_case(64, 128, device)
+    assert torch.allclose(matrix.launch().float(), matrix.reference().float(), **rounded)
+    silu = benchmark.silu_and_mul_case(2, 40, device)
+    assert torch.allclose(silu.launch().float(), silu.reference().float(), **rounded)
     attention = benchmark.attention_mass_case(3, 50, 20, 4, 2, device)
     assert torch.allclose(attention.launch(), attention.reference(), rtol=1e-3)
     advance = benchmark.advance_decode_case(3, device)

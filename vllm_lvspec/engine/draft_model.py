@@ -47,6 +47,7 @@ from vllm_lvspec.engine.decode_graphs import (
     has_graphs,
     prepare_for_graphs,
 )
+from vllm_lvspec.engine.few_rows import give_few_rows
 from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
 from vllm_lvspec.engine.memory import default_cache_bytes, device_memory, least_of_ranks
 from vllm_lvspec.engine.rotary import give_text_rotary
@@ -99,6 +100,7 @@ class VLLMDraftModel:
                 "the name language_model that could be quantised as they are loaded; must be left unset, or be the "
                 "method of a checkpoint that is quantised already"
             )
+        give_few_rows(self.model, model_config.dtype, device)
         self.uses_mrope = supports_mrope(self.model) and model_config.uses_mrope
         self._has_text_rotary = self.uses_mrope and give_text_rotary(self.model)
         self._allocate_cache(config)
