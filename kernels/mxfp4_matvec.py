@@ -34,7 +34,8 @@ _BLOCK_S = 16
 # not load the vector leaves it no choice but to lay out all else as weights are loaded, four words a thread. The bits
 # of an e2m1 value are put where float16 has its sign, the lowest bits of its exponent and the highest one of its
 # mantissa, which is 2^-14 times the value, whether normal or not; values of the vector, too, are taken smaller, by
-# 2^-4, of which float16 then has all that bfloat16 holds but what is beyond a million.
+# 2^-4, and float16 then has all that bfloat16 holds between 2^-10 and a million: of what is less it loses bits, and
+# what is more is infinite.
 _SHRUNK_BY = tl.constexpr(2.0**18)
 _HALVES = """mov.b32 x{i}, 0;
 @p ld.global.nc.b32 x{i}, [$16+{at}];

@@ -36,8 +36,13 @@ def silu_and_mul_reference(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """`x [num_rows, 2 * width]`, contiguous in its last dimension, to `[num_rows, width]`."""
+    return launch_silu_and_mul(x) if x.is_cuda else silu_and_mul_reference(x)
+
+
 def launch_silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    """`x [num_rows, 2 * width]`, contiguous in its last dimension, to `[num_rows, width]`, by the Triton kernel."""
+    """Launch the Triton kernel."""
     num_rows, width = len(x), x.shape[1] // 2
     out = x.new_empty((num_rows, width))
     _silu_and_mul_kernel[(triton.cdiv(width, _BLOCK), num_rows)](x, x.stride(0), out, width, BLOCK=_BLOCK)

@@ -9,15 +9,17 @@ from vllm_lvspec.kernels.mxfp4_matvec import Matrix
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
-def random_matrix(height: int, width: int, seed: int, bias: bool = False) -> tuple[Matrix, torch.Tensor]:
-    """One with random weights, and these, `[height, width]` float32."""
+def random_matrix(
+    height: int, width: int, seed: int, bias: bool = False, scales: tuple[int, int] = (118, 125)
+) -> tuple[Matrix, torch.Tensor]:
+    """One with random weights, and these, `[height, width]` float32; `scales`: exponents, 127 more than of two."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (height, width), generator=generator)
-    exponents = torch.randint(118, 125, (height // 32, width), generator=generator)
+    exponents = torch.randint(*scales, (height // 32, width), generator=generator)
     signed = VALUES[codes & 7] * (1 - 2 * (codes >> 3))
     dense = signed * torch.exp2(exponents.float() - 127).repeat_interleave(32, 0)
     added = torch.randn(width, generator=generator).bfloat16() if bias else None
-    return Matrix(_words(codes), _scales(exponents), added), dense
+    return Matrix(_words(codes), stored_scales(exponents), added), dense
 
 
 def _words(codes: torch.Tensor) -> torch.Tensor:
@@ -34,7 +36,8 @@ def _words(codes: torch.Tensor) -> torch.Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
-def _scales(exponents: torch.Tensor) -> torch.Tensor:
+def stored_scales(exponents: torch.Tensor) -> torch.Tensor:
+    """Of `[K / 32, N]` exponents, 127 more than of two."""
     stored = torch.zeros_like(exponents, dtype=torch.uint8)
     for tile in range(exponents.shape[1] // 64):
         for row in range(8):

@@ -28,7 +28,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_lvspec.engine import cpu
 from vllm_lvspec.engine.cpu import LVSpecCPUModelRunner
-from vllm_lvspec.kernels import acceptance, advance_decode, attention_mass, copy_slots, relevance
+from vllm_lvspec.kernels import acceptance, advance_decode, attention_mass, copy_slots, relevance, silu_and_mul
 
 DEVICE = torch.device("cuda:0")
 MEMORY = 2**34  # bytes
@@ -426,6 +426,7 @@ def kernels_of(gpu: PretendedGPU) -> Iterator[None]:
         attention_mass: ["attention_mass_reference"],
         copy_slots: ["copy_slots_reference"],
         relevance: ["top_cosines_reference", "mean_of_top_reference"],
+        silu_and_mul: ["silu_and_mul_reference"],
     }
     with pytest.MonkeyPatch.context() as patch:
         for module, functions in names.items():

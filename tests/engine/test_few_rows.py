@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mxfp4 import random_matrix
+from mxfp4 import random_matrix, stored_scales
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.kernels.linear.mxfp4.marlin import MarlinMxFp4LinearKernel
 from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
-from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_permute_bias
+from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_permute_bias, marlin_permute_scales
+from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import mxfp4_marlin_process_scales
 
 from vllm_lvspec.engine import few_rows
 from vllm_lvspec.engine.few_rows import FewRowsSiluAndMul, OneRowLinear, give_few_rows
@@ -53,7 +54,10 @@ def launched(monkeypatch) -> list[int]:
     monkeypatch.setattr(few_rows, "MarlinMxFp4LinearKernel", Marlin)
     monkeypatch.setattr(few_rows, "Workspace", lambda device: SimpleNamespace(device=device))
     monkeypatch.setattr(few_rows, "launch_mxfp4_matvec", matvec)
-    monkeypatch.setattr(few_rows, "launch_silu_and_mul", silu)
+    monkeypatch.setattr(few_rows, "silu_and_mul", silu)
+    monkeypatch.setattr(few_rows.current_platform, "has_device_capability", lambda capability: True, raising=False)
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator("cpu"))
     return rows
 
 
@@ -68,11 +72,18 @@ def linear(height: int, width: int, bias: bool = False, by: float = 1.0, padded:
     return layer
 
 
+def test_scales_are_where_vllm_puts_them():
+    exponents = torch.randint(1, 255, (6, 192), generator=torch.Generator().manual_seed(11)).to(torch.uint8)
+    scales = exponents.view(torch.float8_e8m0fnu).to(torch.bfloat16)
+    stored = mxfp4_marlin_process_scales(marlin_permute_scales(scales, size_k=192, size_n=192, group_size=32))
+    assert torch.equal(stored.view(torch.uint8), stored_scales(exponents))
+
+
 def test_one_row_is_this_packages_and_more_are_marlins(launched):
     model = nn.ModuleList([linear(64, 128, bias=True), linear(128, 64)])
     marlin = [layer.quant_method.kernel for layer in model]
     give_few_rows(model, torch.bfloat16, CUDA)
-    assert launched == [1, 1]  # each is tried
+    assert launched == [1, 1, 1]  # each is tried, the first with its bias and without
     for layer, plain in zip(model, marlin, strict=True):
         kernel = layer.quant_method.kernel
         assert type(kernel) is OneRowLinear and kernel.marlin is plain
@@ -87,8 +98,7 @@ def test_one_row_is_this_packages_and_more_are_marlins(launched):
         assert launched == [1] * 6
         launched.clear(), plain.asked.clear()
         kernel.apply_weights(layer, torch.zeros(2, layer.input_size_per_partition).bfloat16(), layer.bias)
-        kernel.apply_weights(layer, torch.zeros(1, layer.input_size_per_partition).half(), layer.bias)
-        assert not launched and plain.asked == [2, 1]
+        assert not launched and plain.asked == [2]
 
 
 def test_all_layers_stay_marlins_where_one_would_compute_something_else(launched, monkeypatch):
@@ -100,7 +110,7 @@ def test_all_layers_stay_marlins_where_one_would_compute_something_else(launched
     assert len(warnings) == 1 and "computes something else than Marlin's" in warnings[0]
 
 
-def test_what_is_padded_or_no_marlins_and_other_devices_stay_as_they_are(launched):
+def test_what_is_padded_or_no_marlins_and_other_devices_and_dtypes_stay_as_they_are(launched, monkeypatch):
     other = nn.Module()
     other.quant_method = SimpleNamespace(kernel=object())
     model = nn.ModuleList([linear(64, 128, padded=32), other, nn.Linear(4, 4)])
@@ -109,7 +119,10 @@ def test_what_is_padded_or_no_marlins_and_other_devices_stay_as_they_are(launche
     assert [layer.quant_method.kernel for layer in model[:2]] == kernels and not launched
     quantised = nn.ModuleList([linear(64, 64)])
     give_few_rows(quantised, torch.bfloat16, torch.device("cpu"))
-    assert type(quantised[0].quant_method.kernel) is Marlin
+    give_few_rows(quantised, torch.float16, CUDA)
+    monkeypatch.setattr(few_rows.current_platform, "has_device_capability", lambda capability: capability < 80)
+    give_few_rows(quantised, torch.bfloat16, CUDA)
+    assert type(quantised[0].quant_method.kernel) is Marlin and not launched
 
 
 def test_swiglu_of_few_rows_is_this_packages_and_other_activations_are_vllms(launched):

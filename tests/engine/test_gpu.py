@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,16 @@ from harness import Engine
 from vllm import RequestOutput, SamplingParams
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
+from vllm.model_executor.kernels.linear.mxfp4.base import MxFp4LinearLayerConfig
+from vllm.model_executor.kernels.linear.mxfp4.marlin import MarlinMxFp4LinearKernel
+from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import prepare_fp4_layer_for_marlin
+from vllm.model_executor.layers.quantization.utils.mxfp4_utils import mxfp4_quantize
 from vllm.utils import jit_monitor
 
 from vllm_lvspec import kernels
 from vllm_lvspec.bench.run import prompt_writer
 from vllm_lvspec.bench.samples import videofacts
+from vllm_lvspec.engine.few_rows import OneRowLinear, give_few_rows
 from vllm_lvspec.engine.placeholders import PADDING_TOKEN_ID
 from vllm_lvspec.reference import PAIRS
 
@@ -173,6 +179,31 @@ def test_no_kernel_is_compiled_under_a_request(view, runs, monkeypatch):
         ask(engine, "qwen2_5_vl")
     assert any(cached[0] for cached in ours[runs].device_caches.values()), f"{runs} has not run at all"
     assert not [name for name in compiled if name in ours]
+
+
+@pytest.mark.parametrize(("height", "width"), [(256, 192), (3584, 4608), (11008, 2048)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_weights_are_read_where_marlin_has_them(height, width, has_bias):
+    """Weights, scales and bias as vLLM quantises and repacks them."""
+    layer, weights = torch.nn.Module(), torch.randn(width, height, device="cuda", dtype=torch.bfloat16) / height**0.5
+    layer.input_size_per_partition, layer.output_size_per_partition, layer.params_dtype = height, width, torch.bfloat16
+    parts = dict(zip(("weight", "weight_scale"), mxfp4_quantize(weights), strict=True))
+    if has_bias:
+        parts["bias"] = torch.randn(width, device="cuda", dtype=torch.bfloat16)
+    for name, values in parts.items():
+        layer.register_parameter(name, torch.nn.Parameter(values, requires_grad=False))
+    prepare_fp4_layer_for_marlin(layer)
+    marlin = MarlinMxFp4LinearKernel(MxFp4LinearLayerConfig(activation_quant_key=None))
+    layer.quant_method = SimpleNamespace(kernel=marlin)
+    give_few_rows(torch.nn.ModuleList([layer]), torch.bfloat16, torch.device("cuda"))
+    kernel = layer.quant_method.kernel
+    assert type(kernel) is OneRowLinear
+    for _ in range(3):
+        x = torch.randn(1, height, device="cuda", dtype=torch.bfloat16)
+        found, wanted = kernel.apply_weights(layer, x, layer.bias if has_bias else None), x @ weights.T
+        # Four bits leave a tenth of a weight's size out.
+        added = parts["bias"] if has_bias else 0
+        assert (found - added - wanted).norm() < 0.2 * wanted.norm()
 
 
 def test_the_device_is_not_waited_for_while_it_drafts():
