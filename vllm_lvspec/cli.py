@@ -317,6 +317,9 @@ def bench_growth(
     vocabulary: Annotated[
         int | None, typer.Option(help="tokens that larger shapes know, Qwen2.5-VL's 152064; else the bundled pair's")
     ] = None,
+    traces: Annotated[
+        Path | None, typer.Option(help="folder for a profiler's trace of some steps of each engine")
+    ] = None,
 ) -> None:
     """How what a step costs grows with videos, answers, requests and K, at the cost of targets and drafters of any
     size."""
@@ -346,6 +349,7 @@ def bench_growth(
             alone=alone,
             minutes=minutes,
             vocabulary=vocabulary,
+            traces=traces,
         )
         run_growth(options, console)
     except (BenchError, DatasetError, LVSpecConfigError) as error:

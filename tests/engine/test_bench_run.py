@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vllm_lvspec.bench import growth, lengths, overhead
+from vllm_lvspec.bench import growth, kernel_times, lengths, overhead
 from vllm_lvspec.bench.command import BenchOptions, run_bench
 from vllm_lvspec.bench.peers import DraftSettings
 from vllm_lvspec.bench.results import json_schema
@@ -151,6 +151,7 @@ def test_what_steps_cost_is_measured_over_videos_answers_and_requests(tmp_path):
         samples=2,
         seed=75,
         engine_arguments={"enforce_eager": True},
+        traces=tmp_path / "traces",
     )
     report = growth.run_growth(options, Console(quiet=True), ["lvspec", "bench-growth"])
     assert report == growth.GrowthReport.model_validate_json((tmp_path / "growth.json").read_text())
@@ -169,9 +170,16 @@ def test_what_steps_cost_is_measured_over_videos_answers_and_requests(tmp_path):
         assert point.alone_seconds > 0
     # Three times as much on an idle machine; a busy one may slow any single place.
     assert statistics.median(point.steps[6].over_none for point in measured.points) > 1
-    assert [point.prompt_seconds is not None for point in measured.points] == [True, False, True, False]
+    for kind in ("prompt_seconds", "alone_prompt_seconds"):
+        assert [getattr(point, kind) is not None for point in measured.points] == [True, False, True, False]
     assert 0 < measured.points[0].draft_prompt_seconds < measured.points[0].prompt_seconds
     assert (tmp_path / "growth.png").stat().st_size > 1000
+    traced = {path.name: kernel_times.read(path) for path in (tmp_path / "traces").iterdir()}
+    numbers = range(1 + growth.TRACED_STEPS)
+    assert [(step.drafted, step.number) for step in traced["own.json.gz"]] == [(0, i) for i in numbers]
+    steps = [(step.drafted, step.number) for step in traced["own-own.json.gz"]]
+    assert steps == [(length, i) for length in (0, 2, 6) for i in numbers]
+    assert all(step.total > 0 for steps in traced.values() for step in steps)
 
 
 def test_what_vllm_refuses_ends_a_run_with_its_words(tmp_path):

@@ -1,11 +1,15 @@
 """What a step costs, without an engine."""
 
+import gzip
+import json
+
 import numpy as np
 import pytest
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vllm_lvspec.bench import growth
+from vllm_lvspec.bench import growth, kernel_times
 from vllm_lvspec.bench.growth import Accepted, GrowthReport, GrowthSettings, Measured, Model, Point, Size
 from vllm_lvspec.bench.page import page
 from vllm_lvspec.bench.results import Environment
@@ -142,6 +146,51 @@ def test_a_target_that_fails_alone_is_measured_with_its_drafters(tmp_path, monke
         growth.run_growth(options, Console(quiet=True))
     report = GrowthReport.model_validate_json((tmp_path / "growth.json").read_text())
     assert [m.name for m in report.measured] == ["3b ← own", "3b ← 0.5b", "0.5b ← own", "0.5b ← 0.5b"]
+
+
+def event(name: str, kind: str, begin: float, duration: float) -> dict:
+    return {"ph": "X", "name": name, "cat": kind, "ts": begin, "dur": duration}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".json.gz"])
+def test_a_trace_tells_what_the_device_did_in_each_step(tmp_path, suffix):
+    events = [
+        event("K 10, step 1", "user_annotation", 2000, 1000),
+        event("K 0, step 3", "user_annotation", 1000, 500),
+        event("K 0, step 3", "gpu_user_annotation", 1100, 200),
+        {"ph": "M", "name": "process_name"},
+        event("gemm", "kernel", 1010, 200),
+        event("gemm", "kernel", 1200, 110),  # begins before the other one ends
+        event("copy", "gpu_memcpy", 1400, 100),  # behind a pause of 90
+        event("launch", "cuda_runtime", 1010, 500),
+        event("gemm", "kernel", 2100, 300),  # behind one of 100, and before one of 600
+        event("gemm", "kernel", 3000, 300),  # in no step
+    ]
+    content = json.dumps({"traceEvents": events}).encode()
+    trace = tmp_path / f"trace{suffix}"
+    trace.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    first, second = kernel_times.read(trace)
+    assert (first.drafted, first.number, second.drafted, second.number) == (0, 3, 10, 1)
+    assert (first.total, first.busy, first.pauses) == pytest.approx((0.5, 0.4, 0.09))
+    assert first.kernels == {"gemm": (2, pytest.approx(0.31)), "copy": (1, pytest.approx(0.1))}
+    assert (second.busy, second.pauses) == pytest.approx((0.3, 0.7))
+    shown = CliRunner().invoke(typer_app(kernel_times.main), [str(trace), "--most", "1"], env={"COLUMNS": "120"})
+    assert shown.exit_code == 0 and "K 10, step 1" in shown.output
+    assert "gemm" in shown.output and "copy" not in shown.output
+
+
+@pytest.mark.parametrize("content", [b'{"traceEvents": []}', b"{}", b"no trace"])
+def test_what_is_no_trace_is_named(tmp_path, content):
+    trace = tmp_path / "trace.json"
+    trace.write_bytes(content)
+    shown = CliRunner().invoke(typer_app(kernel_times.main), [str(trace)], env={"COLUMNS": "300"})
+    assert shown.exit_code == 2 and str(trace) in shown.output and "bench-growth --traces" in shown.output
+
+
+def typer_app(command):
+    app = typer.Typer()
+    app.command()(command)
+    return app
 
 
 def test_no_further_engine_is_started_once_time_is_up(tmp_path, monkeypatch):

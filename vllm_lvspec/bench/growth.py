@@ -38,6 +38,7 @@ from vllm_lvspec.reference.upscale import TEXT_SHAPES, TextShape, text_shape, up
 Result = TypeVar("Result")
 
 MEASURED_STEPS = 4  # that follow each other with drafts of one length, behind one that counts for neither
+TRACED_STEPS = 3  # likewise
 STEP_TOKENS = 8192  # that vLLM schedules by itself on large GPUs
 STEP_TOKENS_ON_CPUS = 4096
 CYCLES = 5  # times that all lengths have their turn
@@ -85,6 +86,9 @@ class Point(StrictModel):
     prompt_seconds: float | None = Field(
         description="from a request's arrival to its first token with the drafter's prompt; null likewise, and for "
         "several requests"
+    )
+    alone_prompt_seconds: float | None = Field(
+        None, description="the same by vLLM's own engine; null likewise, and where it was not asked"
     )
     steps: dict[int, StepCost] = Field(description="by K; 0: without drafts")
 
@@ -189,10 +193,18 @@ class GrowthOptions:
     alone: bool = True
     minutes: float | None = None
     vocabulary: int | None = None
+    traces: Path | None = None
 
     def shape(self, name: str) -> TextShape:
         """That of a larger text model."""
         return replace(TEXT_SHAPES[name], vocab_size=self.vocabulary)
+
+
+class _Alone(NamedTuple):
+    """Of vLLM's own engine: seconds of a step, and to the first token of a single request."""
+
+    step_seconds: float
+    prompt_seconds: float
 
 
 @dataclass(frozen=True)
@@ -245,7 +257,7 @@ def run_growth(options: GrowthOptions, console: Console, command: Sequence[str] 
             return None
 
     for target in options.targets:
-        alone: dict[tuple[Size, int, int], float] = {}
+        alone: dict[tuple[Size, int, int], _Alone] = {}
         for number, drafter in enumerate(options.drafters):
             if options.alone and number == 0 and not is_over():
                 name = f"{target}: vLLM without this package"
@@ -350,19 +362,22 @@ def _steps_of_a_place(options: GrowthOptions) -> int:
     return (MEASURED_STEPS + 1) * CYCLES * (1 + len(options.spec_tokens)) * len(options.output_tokens) + 1
 
 
-def _measure_alone(options: GrowthOptions, target: Model) -> dict[tuple[Size, int, int], float]:
-    """Seconds of a step of vLLM's own engine, with the runner and the scheduler that it has by default."""
+def _measure_alone(options: GrowthOptions, target: Model) -> dict[tuple[Size, int, int], _Alone]:
+    """Of vLLM's own engine, with the runner and the scheduler that it has by default."""
     model, arguments, most = _arguments(options, target)
+    found = {}
     with running_engine(model, None, most, arguments) as llm:
-        return {
-            (place.video, place.batch_size, mark): float(np.median(turns[0]))
-            for place in _places(options)
-            for mark, (_, turns) in _walk(llm, place, options, None).marks.items()
-        }
+        for place in _places(options):
+            walked = _walk(llm, place, options, None)
+            for mark, (_, turns) in walked.marks.items():
+                found[place.video, place.batch_size, mark] = _Alone(float(np.median(turns[0])), walked.prompt_seconds)
+        if options.traces is not None:
+            _trace(llm, options, None, options.traces / f"{target}.json.gz")
+    return found
 
 
 def _measure(
-    options: GrowthOptions, target: Model, drafter: Model, alone: dict[tuple[Size, int, int], float]
+    options: GrowthOptions, target: Model, drafter: Model, alone: dict[tuple[Size, int, int], _Alone]
 ) -> Measured:
     from vllm.platforms import current_platform
 
@@ -389,7 +404,9 @@ def _measure(
         for place in _places(options):
             walked = _walk(llm, place, options, steered)
             for number, (mark, (said, turns)) in enumerate(walked.marks.items()):
-                seconds = alone.get((place.video, place.batch_size, mark))
+                by_itself = alone.get((place.video, place.batch_size, mark))
+                seconds = None if by_itself is None else by_itself.step_seconds
+                is_first = number == 0 and place.batch_size == 1
                 points.append(
                     Point(
                         video=str(place.video),
@@ -399,10 +416,13 @@ def _measure(
                         batch_size=place.batch_size,
                         alone_seconds=seconds,
                         draft_prompt_seconds=walked.draft_seconds if number == 0 else None,
-                        prompt_seconds=walked.prompt_seconds if number == 0 and place.batch_size == 1 else None,
+                        prompt_seconds=walked.prompt_seconds if is_first else None,
+                        alone_prompt_seconds=by_itself.prompt_seconds if is_first and by_itself else None,
                         steps=_step_costs(turns, accepted, seconds),
                     )
                 )
+        if options.traces is not None:
+            _trace(llm, options, steered, options.traces / f"{target}-{drafter}.json.gz")
         return Measured(
             target=str(target),
             drafter=str(drafter),
@@ -483,8 +503,6 @@ class _Walked:
 
 def _walk(llm: Any, place: _Place, options: GrowthOptions, steered: SteeredDrafter | None) -> _Walked:
     """Answers without end, with drafts as long as can be from mark to mark, where all lengths have their turns."""
-    from vllm import SamplingParams
-
     core = llm.llm_engine
     lengths = [0] if steered is None else [0, *options.spec_tokens]
 
@@ -495,16 +513,11 @@ def _walk(llm: Any, place: _Place, options: GrowthOptions, steered: SteeredDraft
     def count_drafted() -> int:
         return 0 if steered is None else steered.drafter.counts["drafted_tokens"]
 
-    write = prompt_writer(llm)
-    samples = videofacts(place.batch_size, options.seed + 1, ("caption",))
-    inputs = [write(replace(sample, load_video=partial(_sized, sample, place.video))) for sample in samples]
-    names = [f"{place.video}-{place.batch_size}-{i}" for i in range(place.batch_size)]
+    inputs = _prompts(llm, place, options)
     before = _draft_seconds(llm)
     set_length(max(lengths))
     started = time.perf_counter()
-    for name, prompt in zip(names, inputs, strict=True):
-        room = core.model_config.max_model_len
-        core.add_request(name, prompt, SamplingParams(temperature=0, max_tokens=room, ignore_eos=True))
+    names = _ask(core, inputs)
     told: dict[str, int] = {}
     prompt_tokens = 0
 
@@ -548,11 +561,56 @@ def _walk(llm: Any, place: _Place, options: GrowthOptions, steered: SteeredDraft
                     )
         marks[mark] = (begin + sum(told.values())) / 2 / len(names), dict(turns)
     after = _draft_seconds(llm)
+    _end(core, names)
+    drafting = None if before is None or after is None else (after - before) / len(names)
+    return _Walked(prompt_tokens, prompt_seconds, drafting, marks)
+
+
+def _prompts(llm: Any, place: _Place, options: GrowthOptions) -> list[dict[str, Any]]:
+    write = prompt_writer(llm)
+    samples = videofacts(place.batch_size, options.seed + 1, ("caption",))
+    return [write(replace(sample, load_video=partial(_sized, sample, place.video))) for sample in samples]
+
+
+def _ask(core: Any, prompts: Sequence[dict[str, Any]]) -> list[str]:
+    """For answers without end; the requests' names."""
+    from vllm import SamplingParams
+
+    names = [f"growth-{i}" for i in range(len(prompts))]
+    for name, prompt in zip(names, prompts, strict=True):
+        room = core.model_config.max_model_len
+        core.add_request(name, prompt, SamplingParams(temperature=0, max_tokens=room, ignore_eos=True))
+    return names
+
+
+def _end(core: Any, names: list[str]) -> None:
     core.abort_request(names)
     while core.has_unfinished_requests():
         core.step()
-    drafting = None if before is None or after is None else (after - before) / len(names)
-    return _Walked(prompt_tokens, prompt_seconds, drafting, marks)
+
+
+def _trace(llm: Any, options: GrowthOptions, steered: SteeredDrafter | None, path: Path) -> None:
+    """A few steps of a request about the first video, with drafts of each length and without, as PyTorch's profiler
+    sees them: a trace for Perfetto and for `bench.kernel_times`."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    core = llm.llm_engine
+    lengths = [0] if steered is None else [0, *options.spec_tokens]
+    names = _ask(core, _prompts(llm, next(_places(options)), options))
+    while not core.step():  # vLLM's own engine schedules a step ahead, and reports nothing at first
+        pass
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profile(activities=activities) as traced:
+        for length in lengths:
+            if steered is not None:
+                steered.set_length(length)
+            for number in range(1 + TRACED_STEPS):
+                with record_function(f"K {length}, step {number}"):  # the first one verifies what was drafted before
+                    core.step()
+    _end(core, names)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    traced.export_chrome_trace(str(path))
 
 
 def _sized(sample: Sample, size: Size) -> Video:
