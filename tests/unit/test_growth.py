@@ -179,6 +179,15 @@ def test_a_trace_tells_what_the_device_did_in_each_step(tmp_path, suffix):
     assert "gemm" in shown.output and "copy" not in shown.output
 
 
+def test_a_trace_that_fails_loses_nothing(tmp_path, monkeypatch):
+    warnings: list[str] = []
+    monkeypatch.setattr(growth.logger, "warning", lambda text, *values: warnings.append(text % values))
+    (tmp_path / "file").touch()
+    for folder in (None, tmp_path / "file"):
+        growth._trace(object(), growth.GrowthOptions(json_path=tmp_path / "x.json", traces=folder), None, "32b-7b")
+    assert len(warnings) == 1 and "no trace of 32b-7b: FileExistsError" in warnings[0]
+
+
 @pytest.mark.parametrize("content", [b'{"traceEvents": []}', b"{}", b"no trace"])
 def test_what_is_no_trace_is_named(tmp_path, content):
     trace = tmp_path / "trace.json"

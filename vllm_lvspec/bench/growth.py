@@ -8,6 +8,7 @@ answer, so that they share the machine's good and bad minutes, and every prompt 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,8 @@ from vllm_lvspec.bench.videofacts.scene import video_item
 from vllm_lvspec.config import MAX_SPECULATIVE_TOKENS, METHOD
 from vllm_lvspec.reference import PAIRS
 from vllm_lvspec.reference.upscale import TEXT_SHAPES, TextShape, text_shape, upscaled
+
+logger = logging.getLogger("vllm.lvspec")
 
 Result = TypeVar("Result")
 
@@ -371,8 +374,7 @@ def _measure_alone(options: GrowthOptions, target: Model) -> dict[tuple[Size, in
             walked = _walk(llm, place, options, None)
             for mark, (_, turns) in walked.marks.items():
                 found[place.video, place.batch_size, mark] = _Alone(float(np.median(turns[0])), walked.prompt_seconds)
-        if options.traces is not None:
-            _trace(llm, options, None, options.traces / f"{target}.json.gz")
+        _trace(llm, options, None, f"{target}")
     return found
 
 
@@ -421,8 +423,7 @@ def _measure(
                         steps=_step_costs(turns, accepted, seconds),
                     )
                 )
-        if options.traces is not None:
-            _trace(llm, options, steered, options.traces / f"{target}-{drafter}.json.gz")
+        _trace(llm, options, steered, f"{target}-{drafter}")
         return Measured(
             target=str(target),
             drafter=str(drafter),
@@ -589,9 +590,20 @@ def _end(core: Any, names: list[str]) -> None:
         core.step()
 
 
-def _trace(llm: Any, options: GrowthOptions, steered: SteeredDrafter | None, path: Path) -> None:
+def _trace(llm: Any, options: GrowthOptions, steered: SteeredDrafter | None, name: str) -> None:
+    """Where traces are asked for: one for Perfetto and for `bench.kernel_times`."""
+    if options.traces is None:
+        return
+    try:
+        options.traces.mkdir(parents=True, exist_ok=True)
+        _trace_steps(llm, options, steered, options.traces / f"{name}.json.gz")
+    except Exception as error:  # whatever a profiler can't do: all has been measured, and must not be lost
+        logger.warning("lvspec: no trace of %s: %r", name, error)
+
+
+def _trace_steps(llm: Any, options: GrowthOptions, steered: SteeredDrafter | None, path: Path) -> None:
     """A few steps of a request about the first video, with drafts of each length and without, as PyTorch's profiler
-    sees them: a trace for Perfetto and for `bench.kernel_times`."""
+    sees them."""
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -609,7 +621,6 @@ def _trace(llm: Any, options: GrowthOptions, steered: SteeredDrafter | None, pat
                 with record_function(f"K {length}, step {number}"):  # the first one verifies what was drafted before
                     core.step()
     _end(core, names)
-    path.parent.mkdir(parents=True, exist_ok=True)
     traced.export_chrome_trace(str(path))
 
 
