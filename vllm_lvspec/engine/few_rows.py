@@ -67,8 +67,8 @@ def give_few_rows(model: nn.Module, dtype: torch.dtype, device: torch.device) ->
     activated = [module for module in model.modules() if type(getattr(module, "act_fn", None)) is SiluAndMul]
     for module in activated:
         module.act_fn = FewRowsSiluAndMul(module.act_fn)
-    if activated:  # compiled here and not under the first request; of all widths that 16 divides it is the same
-        silu_and_mul(torch.zeros(1, 2 * 16, dtype=dtype, device=device))
+    if activated:
+        _compile_silu_and_mul(dtype, device)
     if dtype != torch.bfloat16 or not current_platform.has_device_capability(80):
         return
     workspace = Workspace(device)
@@ -83,6 +83,11 @@ def give_few_rows(model: nn.Module, dtype: torch.dtype, device: torch.device) ->
             return
     for each, kernel in found.items():
         each.quant_method.kernel = kernel
+
+
+def _compile_silu_and_mul(dtype: torch.dtype, device: torch.device) -> None:
+    """At the start and not under the first request; of all widths that 16 divides it is the same."""
+    silu_and_mul(torch.zeros(1, 2 * 16, dtype=dtype, device=device))
 
 
 def _one_row_linear(module: Any, workspace: Workspace) -> OneRowLinear | None:
