@@ -19,7 +19,8 @@ from vllm_lvspec.kernels.acceptance import Chains, Rules, accept_reference, laun
 from vllm_lvspec.kernels.advance_decode import advance_decode_reference, launch_advance_decode
 from vllm_lvspec.kernels.attention_mass import attention_mass_reference, gather_keys, launch_attention_mass
 from vllm_lvspec.kernels.copy_slots import PagedCaches, copy_slots_reference, launch_copy_slots
-from vllm_lvspec.kernels.mxfp4_matvec import Matrix, Workspace, launch_mxfp4_matvec, mxfp4_matvec_reference
+from vllm_lvspec.kernels.decode_attention import Heads, Rows, decode_attention_reference, launch_decode_attention
+from vllm_lvspec.kernels.mxfp4_matvec import Matrix, launch_mxfp4_matvec, mxfp4_matvec_reference
 from vllm_lvspec.kernels.relevance import (
     VisualPages,
     launch_mean_of_top,
@@ -27,6 +28,7 @@ from vllm_lvspec.kernels.relevance import (
     mean_of_top_reference,
     top_cosines_reference,
 )
+from vllm_lvspec.kernels.shared import Workspace
 from vllm_lvspec.kernels.silu_and_mul import launch_silu_and_mul, silu_and_mul_reference
 
 COPY_BYTES = 2**28
@@ -152,6 +154,32 @@ def mxfp4_matvec_case(height: int, width: int, device: torch.device) -> Case:
     )
 
 
+def decode_attention_case(num_rows: int, context: int, num_heads: int, num_kv_heads: int, device: torch.device) -> Case:
+    block_size, size = 16, 128
+    blocks = -(-context // block_size)
+    shape = num_rows * blocks, block_size, num_kv_heads, 2 * size
+    cache = torch.randn(shape, device=device, dtype=torch.bfloat16).transpose(1, 2)
+    table = torch.randperm(num_rows * blocks, device=device).int().view(num_rows, blocks)
+    heads = Heads(num_heads, num_kv_heads, size, size**-0.5)
+    qkv = torch.randn(num_rows, (num_heads + 2 * num_kv_heads) * size, device=device, dtype=torch.bfloat16)
+    angles = torch.rand(context, size // 2, device=device) * 6
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1).bfloat16()
+    place = context - 1
+    rows = Rows(
+        torch.full((num_rows,), place, device=device),
+        table[:, place // block_size].long() * block_size + place % block_size,
+        torch.full((num_rows,), context, device=device, dtype=torch.int32),
+        table,
+    )
+    workspace = Workspace(device)
+    return Case(
+        f"decode_attention, {num_rows} x {num_heads} queries, {context} x {num_kv_heads} keys",
+        lambda: launch_decode_attention(qkv, heads, cos_sin, cache, rows, workspace),
+        lambda: decode_attention_reference(qkv, heads, cos_sin, cache, rows),
+        num_rows * ((context + 1) * num_kv_heads * 2 + num_heads * 2) * size * 2,
+    )
+
+
 def silu_and_mul_case(num_rows: int, width: int, device: torch.device) -> Case:
     x = torch.randn(num_rows, 2 * width, device=device).bfloat16()
     return Case(
@@ -168,6 +196,7 @@ def cases(device: torch.device) -> list[Case]:
     attentions = [(64, 25088, 12544, 40, 8), (64, 25088, 12544, 5, 1)] if large else [(16, 1568, 784, 8, 2)]
     copies = [(10, 64), (1250, 64)] if large else [(125, 4)]
     matrices = [(3584, 4608), (3584, 37888), (18944, 3584)] if large else [(256, 512)]
+    tokens = [(1, 1300, 28, 4), (1, 1300, 16, 2), (8, 1300, 28, 4)] if large else [(1, 65, 14, 2)]
     return [
         *(relevance_case(n, 10, visual, 3584, device) for n, visual in videos),
         *(acceptance_case(n, 10, device) for n in (1, 32, 256)),
@@ -175,6 +204,7 @@ def cases(device: torch.device) -> list[Case]:
         *(attention_mass_case(*sizes, device) for sizes in attentions),
         *(copy_slots_case(*sizes, device) for sizes in copies),
         *(mxfp4_matvec_case(*sizes, device) for sizes in matrices),
+        *(decode_attention_case(*sizes, device) for sizes in tokens),
         silu_and_mul_case(1, 18944, device),
     ]
 

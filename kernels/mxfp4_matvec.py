@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from . import _package  # noqa: F401
+from .shared import Norm, Workspace
 
 GROUP = 32  # values of a row that share a scale
 TILE = 64  # columns of a warp
@@ -37,31 +38,35 @@ _BLOCK_S = 16
 # 2^-4, and float16 then has all that bfloat16 holds between 2^-10 and a million: of what is less it loses bits, and
 # what is more is infinite.
 _SHRUNK_BY = tl.constexpr(2.0**18)
-_HALVES = """mov.b32 x{i}, 0;
-@p ld.global.nc.b32 x{i}, [$16+{at}];
-shl.b32 t, x{i}, 16;
+_LOAD = "mov.b32 x{i}, 0;\n@p ld.global.b32 x{i}, [$16+{at}];\n"
+_HALVES = """shl.b32 t, x{i}, 16;
 and.b32 u, x{i}, 0xFFFF0000;
 mul.f32 t, t, 0f3D800000;
 mul.f32 u, u, 0f3D800000;
-cvt.rn.f16x2.f32 x{i}, u, t;
 """
+_NORM = """mov.b32 v, 0;
+@p ld.global.b32 v, [$20+{at}];
+shl.b32 s, v, 16;
+and.b32 v, v, 0xFFFF0000;
+mul.f32 t, t, s;
+mul.f32 u, u, v;
+"""
+_JOIN = "cvt.rn.f16x2.f32 x{i}, u, t;\n"
 _DECODE = """shl.b32 t, {word}, 4;
 shl.b32 u, {word}, 1;
 and.b32 u, u, 0x0E0E0E0E;
 lop3.b32 t, t, 0x80808080, u, 0xEA;
 and.b32 w2, t, 0xFF00FF00;
-shl.b32 t, t, 8;
-and.b32 w0, t, 0xFF00FF00;
+prmt.b32 w0, t, 0, 0x2404;
 shr.u32 u, {word}, 3;
 and.b32 u, u, 0x0E0E0E0E;
 lop3.b32 t, {word}, 0x80808080, u, 0xEA;
 and.b32 w3, t, 0xFF00FF00;
-shl.b32 t, t, 8;
-and.b32 w1, t, 0xFF00FF00;
+prmt.b32 w1, t, 0, 0x2404;
 """
 _MULTIPLY = (
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-    "{{c0, c1, c2, c3}}, {{w0, w2, w1, w3}}, {{x{first}, x{second}}}, {{c0, c1, c2, c3}};\n"
+    "{{c0, c1, c2, c3}}, {{w0, w2, w1, w3}}, {{x{first}, x{second}}}, {{{sums}}};\n"
 )
 _SCALE = """{shift} s, ${scales}, {by};
 and.b32 s, s, 0x7F800000;
@@ -70,25 +75,34 @@ mul.f32 ${to}, c{sum}, s;
 _SCALE_SHIFTS = (("shl.b32", 23), ("shl.b32", 15), ("shl.b32", 7), ("shr.u32", 1))  # by byte, to a float32's exponent
 
 
-def _products() -> str:
+def _products(has_norm: bool) -> str:
     """Outputs $0 to $3: of columns n of each word, $4 to $7: of columns n + 8, in threads 0, 4, 8 and so on; inputs $8
-    to $15: words of either tile, $16: of the vector ($17 to $19 are the same), $20 and $21: scales."""
-    asm = ".reg .b32 t, u, s, x<4>, w<4>;\n.reg .f32 c<4>;\n.reg .pred p;\nsetp.ne.s64 p, $16, 0;\n"
-    asm += "".join(_HALVES.format(i=i, at=16 * i) for i in range(4))
+    to $15: words of either tile, $16: of the vector ($17 to $19 are the same), where it has a norm $20 likewise: of
+    that, and the last two: scales."""
+    scales_at = 24 if has_norm else 20
+    asm = ".reg .b32 t, u, v, s, x<4>, w<4>;\n.reg .f32 z, c<4>;\n.reg .pred p;\n"
+    asm += "mov.f32 z, 0f00000000;\nsetp.ne.s64 p, $16, 0;\n"
+    for i in range(4):
+        asm += "".join(part.format(i=i, at=16 * i) for part in (_LOAD, _HALVES, _NORM if has_norm else "", _JOIN))
     for word in range(4):
-        asm += "".join(f"mov.b32 c{i}, 0;\n" for i in range(4))
-        for tile in range(2):
+        for tile, sums in enumerate(("z, z, z, z", "c0, c1, c2, c3")):
             asm += _DECODE.format(word=f"${8 + 4 * tile + word}")
-            asm += _MULTIPLY.format(first=2 * tile, second=2 * tile + 1)
+            asm += _MULTIPLY.format(first=2 * tile, second=2 * tile + 1, sums=sums)
         for half in range(2):
             shift, by = _SCALE_SHIFTS[word % 2 + 2 * half]
-            asm += _SCALE.format(shift=shift, by=by, scales=20 + word // 2, to=4 * half + word, sum=2 * half)
+            asm += _SCALE.format(shift=shift, by=by, scales=scales_at + word // 2, to=4 * half + word, sum=2 * half)
     return "{\n" + asm + "}"
 
 
-_PRODUCTS = tl.constexpr(_products())
-# An output must not share a register with an input that is read later.
-_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8 + ["l"] * 4 + ["r"] * 2))
+def _constraints(has_norm: bool) -> str:
+    # An output must not share a register with an input that is read later.
+    return ",".join(["=&r"] * 8 + ["r"] * 8 + ["l"] * (8 if has_norm else 4) + ["r"] * 2)
+
+
+_PRODUCTS = tl.constexpr(_products(has_norm=False))
+_CONSTRAINTS = tl.constexpr(_constraints(has_norm=False))
+_PRODUCTS_OF_NORM = tl.constexpr(_products(has_norm=True))
+_CONSTRAINTS_OF_NORM = tl.constexpr(_constraints(has_norm=True))
 
 
 @triton.jit
@@ -100,13 +114,22 @@ def _value(words, NIBBLE: tl.constexpr):
 
 
 @triton.jit
-def _sums(words, x_ptr, mask, FIRST: tl.constexpr):
+def _pairs(ptr, mask):
+    """Two bfloat16 values each, the lower ones first."""
+    values = tl.load(ptr, mask=mask, other=0)
+    return (values << 16).to(tl.float32, bitcast=True), (values & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sums(words, x_ptr, norm_ptr, mask, FIRST: tl.constexpr, HAS_NORM: tl.constexpr):
     """Over what `words` hold of rows 0, 1, 8 and 9 behind `x_ptr`, from nibble `FIRST` on."""
     total = tl.zeros(words.shape, tl.float32)
     for pair in tl.static_range(2):
-        values = tl.load(x_ptr + 4 * pair, mask=mask, other=0)
-        low = (values << 16).to(tl.float32, bitcast=True)
-        high = (values & -65536).to(tl.float32, bitcast=True)
+        low, high = _pairs(x_ptr + 4 * pair, mask)
+        if HAS_NORM:
+            norm_low, norm_high = _pairs(norm_ptr + 4 * pair, mask)
+            low *= norm_low
+            high *= norm_high
         total += _value(words, FIRST + pair) * low + _value(words, FIRST + pair + 4) * high
     return total
 
@@ -118,71 +141,141 @@ def _power(scales_ptr, word, mask):
     return ((scales & 255) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["num_groups", "num_splits"])
+@triton.jit
+def _total(parts_ptr, stride, num_splits, columns, BLOCK_S: tl.constexpr):
+    """Of these columns' parts, over all splits."""
+    total = tl.zeros(columns.shape, tl.float32)
+    for begin in range(0, num_splits, BLOCK_S):
+        splits = begin + tl.arange(0, BLOCK_S)[:, None]
+        # Not from a cache that may hold what was there before.
+        parts = tl.load(
+            parts_ptr + splits * stride + columns[None, :], mask=splits < num_splits, other=0.0, cache_modifier=".cg"
+        )
+        total += tl.sum(parts, 0)
+    return total
+
+
+@triton.jit(do_not_specialize=["num_groups", "num_splits", "num_loops"])
 def _mxfp4_matvec_kernel(
     x_ptr,  # [K / 2] int32: two bfloat16 values each
+    norm_ptr,  # likewise
     weight_ptr,
     scales_ptr,  # [K / 32, N / 2] int16
     bias_ptr,
+    added_ptr,
     out_ptr,
-    parts_ptr,  # [num_splits, N] float32
+    parts_ptr,  # [num_splits, N] float32, then where there is a norm [N / 64, num_splits]
     arrived_ptr,  # [N / 64] int32: 0, and 0 again in the end
     num_columns,
     num_groups,
     num_splits,
-    GROUPS: tl.constexpr,  # of a program
+    num_loops,
+    eps,
+    GROUPS: tl.constexpr,  # of a program, in each of its loops
+    IS_WHOLE: tl.constexpr,  # whether the last loop has as many
     BLOCK_S: tl.constexpr,  # parts that are added up at once
+    HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    IS_ADDED: tl.constexpr,
+    IS_GATED: tl.constexpr,
     ASM: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    """out[n] = sum over k of x[k] weight[k, n] + bias[n]"""
+    """out[n] = sum over k of x[k] weight[k, n] + bias[n], and what else `launch_mxfp4_matvec` says"""
     tile, split = tl.program_id(0), tl.program_id(1)
+    num_tiles = tl.num_programs(0)
     word = tl.arange(0, 128)[:, None]
     thread = word // 4
-    group = split * GROUPS + tl.arange(0, GROUPS)[None, :]
-    is_group = group < num_groups
     row_words = 2 * num_columns
-    place = group.to(tl.int64) * (2 * row_words) + (tile * 128 + word)
-    a = tl.load(weight_ptr + place, mask=is_group, other=0)
-    b = tl.load(weight_ptr + place + row_words, mask=is_group, other=0)
-    scale_place = scales_ptr + group * (num_columns // 2) + tile * 32 + thread // 4 * 4
-    x_place = x_ptr + group * 16 + thread % 4
+    low_sums = tl.zeros((128,), tl.float32)
+    high_sums = tl.zeros((128,), tl.float32)
+    squares = 0.0
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+    begin = split * num_loops * GROUPS
+    for first in range(begin, tl.minimum(begin + num_loops * GROUPS, num_groups), GROUPS):
+        group = first + tl.arange(0, GROUPS)[None, :]
+        is_group = (group < num_groups) | IS_WHOLE
+        place = group.to(tl.int64) * (2 * row_words) + (tile * 128 + word)
+        a = tl.load(weight_ptr + place, mask=is_group, other=0)
+        b = tl.load(weight_ptr + place + row_words, mask=is_group, other=0)
+        scale_place = scales_ptr + group * (num_columns // 2) + tile * 32 + thread // 4 * 4
+        if ASM:
+            scale = tl.load(scale_place + word % 4, mask=is_group, other=0)
+        if OVERLAPS:
+            tl.extra.cuda.gdc_wait()
+        x_place = x_ptr + group * 16 + thread % 4
+        norm_place = norm_ptr + group * 16 + thread % 4
+        if HAS_NORM:
+            pair = first * 16 + tl.arange(0, GROUPS * 16)
+            even, odd = _pairs(x_ptr + pair, (pair < num_groups * 16) | IS_WHOLE)
+            squares += tl.sum(even * even + odd * odd)
+        if ASM:
+            # Of the eight vectors that tensor cores take, there is one.
+            is_taken = is_group & (thread < 4)
+            x = tl.where(is_taken, x_place.to(tl.int64), 0)
+            # None of it may be done before what is waited for, and of the vector the compiler can't tell.
+            if HAS_NORM:
+                norm = tl.where(is_taken, norm_place.to(tl.int64), 0)
+                low, high = tl.inline_asm_elementwise(
+                    _PRODUCTS_OF_NORM,
+                    _CONSTRAINTS_OF_NORM,
+                    [a, b, x, norm, scale],
+                    (tl.float32, tl.float32),
+                    not OVERLAPS,
+                    4,
+                )
+            else:
+                low, high = tl.inline_asm_elementwise(
+                    _PRODUCTS, _CONSTRAINTS, [a, b, x, scale], (tl.float32, tl.float32), not OVERLAPS, 4
+                )
+        else:
+            scale_place += word % 4 // 2 * 2
+            low = _sums(a, x_place, norm_place, is_group, 0, HAS_NORM)
+            low += _sums(b, x_place + 8, norm_place + 8, is_group, 0, HAS_NORM)
+            low *= _power(scale_place, word, is_group)
+            high = _sums(a, x_place, norm_place, is_group, 2, HAS_NORM)
+            high += _sums(b, x_place + 8, norm_place + 8, is_group, 2, HAS_NORM)
+            high *= _power(scale_place + 1, word, is_group)
+        low_sums += tl.sum(low, 1)
+        high_sums += tl.sum(high, 1)
+    part = parts_ptr + split * num_columns + tile * 64
     if ASM:
-        scale = tl.load(scale_place + word % 4, mask=is_group, other=0)
-        # Of the eight vectors that tensor cores take, there is one.
-        x = tl.where(is_group & (thread < 4), x_place.to(tl.int64), 0)
-        low, high = tl.inline_asm_elementwise(
-            _PRODUCTS, _CONSTRAINTS, [a, b, x, scale], (tl.float32, tl.float32), True, 4
-        )
-        low, high = tl.sum(low, 1) * _SHRUNK_BY, tl.sum(high, 1) * _SHRUNK_BY
         place = tl.arange(0, 128)
         has_sum = place % 16 < 4
-        part = parts_ptr + split * num_columns + tile * 64 + place % 4 * 16 + place // 16
-        tl.store(part, low, mask=has_sum)
-        tl.store(part + 8, high, mask=has_sum)
+        part += place % 4 * 16 + place // 16
+        tl.store(part, low_sums * _SHRUNK_BY, mask=has_sum)
+        tl.store(part + 8, high_sums * _SHRUNK_BY, mask=has_sum)
     else:
-        scale_place += word % 4 // 2 * 2
-        low = _sums(a, x_place, is_group, 0) + _sums(b, x_place + 8, is_group, 0)
-        low = tl.sum(low * _power(scale_place, word, is_group), 1)
-        high = _sums(a, x_place, is_group, 2) + _sums(b, x_place + 8, is_group, 2)
-        high = tl.sum(high * _power(scale_place + 1, word, is_group), 1)
-        column = tl.arange(0, 4)[None, :] * 16 + tl.arange(0, 8)[:, None]  # [r, w]
-        part = parts_ptr + split * num_columns + tile * 64 + column
-        tl.store(part, tl.sum(tl.reshape(low, (8, 4, 4)), 1))
-        tl.store(part + 8, tl.sum(tl.reshape(high, (8, 4, 4)), 1))
+        part += tl.arange(0, 4)[None, :] * 16 + tl.arange(0, 8)[:, None]  # [r, w]
+        tl.store(part, tl.sum(tl.reshape(low_sums, (8, 4, 4)), 1))
+        tl.store(part + 8, tl.sum(tl.reshape(high_sums, (8, 4, 4)), 1))
+    squares_ptr = parts_ptr + num_splits * num_columns
+    if HAS_NORM:
+        tl.store(squares_ptr + tile * num_splits + split, squares)
     tl.debug_barrier()
-    if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == num_splits - 1:
-        columns = tile * 64 + tl.arange(0, 64)
-        total = tl.zeros((64,), tl.float32)
-        for begin in range(0, num_splits, BLOCK_S):
-            splits = begin + tl.arange(0, BLOCK_S)[:, None]
-            parts = parts_ptr + splits * num_columns + columns[None, :]
-            # Not from a cache that may hold what was there before.
-            total += tl.sum(tl.load(parts, mask=splits < num_splits, other=0.0, cache_modifier=".cg"), 0)
+    out_tile, wanted = tile, num_splits
+    if IS_GATED:
+        out_tile, wanted = tile % (num_tiles // 2), 2 * num_splits
+    if tl.atomic_add(arrived_ptr + out_tile, 1, sem="acq_rel") == wanted - 1:
+        columns = out_tile * 64 + tl.arange(0, 64)
+        total = _total(parts_ptr, num_columns, num_splits, columns, BLOCK_S)
+        if IS_GATED:
+            up = _total(parts_ptr, num_columns, num_splits, num_columns // 2 + columns, BLOCK_S)
+        if HAS_NORM:
+            squares = tl.sum(_total(squares_ptr, 1, num_splits, tile * num_splits + tl.arange(0, 1), BLOCK_S))
+            factor = tl.rsqrt(squares / (32 * num_groups) + eps)
+            total *= factor
+            if IS_GATED:
+                up *= factor
         if HAS_BIAS:
             total += tl.load(bias_ptr + columns).to(tl.float32)
+        if IS_GATED:
+            total = total / (1 + tl.exp(-total)) * up
+        if IS_ADDED:
+            total += tl.load(added_ptr + columns).to(tl.float32)
         tl.store(out_ptr + columns, total.to(out_ptr.dtype.element_ty))
-        tl.store(arrived_ptr + tile, 0)
+        tl.store(arrived_ptr + out_tile, 0)
 
 
 @dataclass(frozen=True)
@@ -217,57 +310,85 @@ def unpacked(matrix: Matrix) -> torch.Tensor:
     return values * powers.repeat_interleave(GROUP, 0)
 
 
-def mxfp4_matvec_reference(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+def mxfp4_matvec_reference(
+    x: torch.Tensor,
+    matrix: Matrix,
+    norm: Norm | None = None,
+    added: torch.Tensor | None = None,
+    is_gated: bool = False,
+) -> torch.Tensor:
     """The same in PyTorch."""
-    out = x.float() @ unpacked(matrix)
-    return (out if matrix.bias is None else out + matrix.bias.float()).to(x.dtype)
+    values = x.float()
+    if norm is not None:
+        values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.float()
+    out = values @ unpacked(matrix)
+    if matrix.bias is not None:
+        out = out + matrix.bias.float()
+    if is_gated:
+        gate, up = out.chunk(2, dim=-1)
+        out = torch.nn.functional.silu(gate) * up
+    if added is not None:
+        out = out + added.float()
+    return out.to(x.dtype)
 
 
-class Workspace:
-    """What products on one device and stream share: sums of parts, and how many of a tile's have been written."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.parts = torch.empty(0, device=device)
-        self.arrived = torch.zeros(0, dtype=torch.int32, device=device)
-
-    def reserve(self, num_parts: int, num_tiles: int) -> None:
-        """Have room for so many float32 sums and tiles. CUDA graphs that were recorded before would read what is given
-        back, so all is to be reserved before any is recorded."""
-        if num_parts > len(self.parts):
-            self.parts = torch.empty(num_parts, device=self.device)
-        if num_tiles > len(self.arrived):
-            self.arrived = torch.zeros(num_tiles, dtype=torch.int32, device=self.device)
-
-
-def launch_mxfp4_matvec(x: torch.Tensor, matrix: Matrix, workspace: Workspace, asm: bool | None = None) -> torch.Tensor:
+def launch_mxfp4_matvec(
+    x: torch.Tensor,
+    matrix: Matrix,
+    workspace: Workspace,
+    *,
+    norm: Norm | None = None,
+    added: torch.Tensor | None = None,
+    is_gated: bool = False,
+    num_loops: int = 1,
+    overlaps: bool = False,
+    asm: bool | None = None,
+) -> torch.Tensor:
     """`x [1, K]` bfloat16 times the matrix, `[1, N]`, by the Triton kernel.
 
-    `asm`: whether by PTX of its own, for NVIDIA's GPUs from sm_80 on; None: where there is one. Raises ValueError for
-    another `x`.
+    `norm`: of `x`, before it is multiplied. `is_gated`: the first half of the product is a gate, and the result is its
+    SiLU times the other half, `[1, N / 2]`; without a bias. `added`: to the result, of its shape. `num_loops`: how
+    often each program takes 256 rows, one after another. `overlaps`: programs start, and read weights, while the kernel
+    before still runs (programmatic dependent launch, sm_90 and later). `asm`: whether by PTX of its own, for NVIDIA's
+    GPUs from sm_80 on; None: where there is one. Raises ValueError for another `x`, and for a gate whose half is no
+    whole number of tiles.
     """
     height, width = matrix.shape
     if x.dtype != torch.bfloat16 or x.shape != (1, height):
         raise ValueError(f"x {tuple(x.shape)} {x.dtype}: must be a row of {height} bfloat16")
+    if is_gated and (width % (2 * TILE) or matrix.bias is not None):
+        raise ValueError(f"a gated product of {width} columns: must be of a multiple of {2 * TILE}, without a bias")
     num_groups = height // GROUP
-    num_splits = triton.cdiv(num_groups, _GROUPS)
-    workspace.reserve(num_splits * width, width // TILE)
-    out = torch.empty((1, width), dtype=x.dtype, device=x.device)
-    _mxfp4_matvec_kernel[(width // TILE, num_splits)](
-        x.contiguous().view(torch.int32),
+    num_tiles = width // TILE
+    num_splits = triton.cdiv(num_groups, _GROUPS * num_loops)
+    workspace.reserve(num_splits * (width + num_tiles), num_tiles)
+    out = torch.empty((1, width // 2 if is_gated else width), dtype=x.dtype, device=x.device)
+    x = x.contiguous().view(torch.int32)
+    _mxfp4_matvec_kernel[(num_tiles, num_splits)](
+        x,
+        x if norm is None else norm.weight.view(torch.int32),
         matrix.weight,
         matrix.scales.view(torch.int16),
         out if matrix.bias is None else matrix.bias,
+        out if added is None else added,
         out,
         workspace.parts,
         workspace.arrived,
         width,
         num_groups,
         num_splits,
+        num_loops,
+        0.0 if norm is None else norm.eps,
         GROUPS=_GROUPS,
+        IS_WHOLE=num_groups % _GROUPS == 0,
         BLOCK_S=_BLOCK_S,
+        HAS_NORM=norm is not None,
         HAS_BIAS=matrix.bias is not None,
+        IS_ADDED=added is not None,
+        IS_GATED=is_gated,
         ASM=x.is_cuda and torch.version.hip is None if asm is None else asm,
+        OVERLAPS=overlaps,
         num_warps=1,
+        **({"launch_pdl": True} if overlaps else {}),
     )
     return out

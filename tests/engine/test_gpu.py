@@ -26,6 +26,7 @@ from vllm_lvspec import kernels
 from vllm_lvspec.bench.run import prompt_writer
 from vllm_lvspec.bench.samples import videofacts
 from vllm_lvspec.engine.few_rows import OneRowLinear, give_few_rows
+from vllm_lvspec.engine.one_token import _recorded, one_token_step
 from vllm_lvspec.engine.placeholders import PADDING_TOKEN_ID
 from vllm_lvspec.reference import PAIRS
 
@@ -204,6 +205,29 @@ def test_weights_are_read_where_marlin_has_them(height, width, has_bias):
         # Four bits leave a tenth of a weight's size out.
         added = parts["bias"] if has_bias else 0
         assert (found - added - wanted).norm() < 0.2 * wanted.norm()
+
+
+@torch.inference_mode()
+def test_a_token_through_this_packages_layers_is_what_it_is_through_vllms():
+    """As a whole, and where kernels start while those before still run, to the last bit."""
+    with running("qwen2_5_vl", lvspec={"draft_quantization": "mxfp4"}) as engine:
+        (model,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter.model)
+        step = one_token_step(model)
+        assert step is not None
+        prompt, batch = model.decode_batch(1, 0, 70), model.decode_batch(1, 70)
+        prompt.token_ids = torch.arange(70, device="cuda")
+        model.one_token = None
+        model.run(prompt, model.metadata(prompt))
+        wanted = model.run(batch, model.metadata(batch)).float()
+        model.one_token = step
+        found = []
+        for step.overlaps in (False, True) if torch.cuda.get_device_capability()[0] >= 9 else (False,):
+            graph, out = _recorded(lambda: model.run(batch, model.metadata(batch, is_recorded=True)))
+            for _ in range(20):
+                graph.replay()
+            found.append(out.clone())
+        assert all(torch.equal(each, found[0]) for each in found)
+        assert (found[0].float() - wanted).norm() <= 0.02 * wanted.norm()
 
 
 def test_the_device_is_not_waited_for_while_it_drafts():

@@ -1,5 +1,6 @@
 """Compile every kernel without a GPU: `python compile_for.py cuda:90 hip:gfx942`; prints the size of each binary."""
 
+import re
 import sys
 
 from triton.backends.compiler import GPUTarget
@@ -9,6 +10,7 @@ from vllm_lvspec.kernels.acceptance import _accept_kernel
 from vllm_lvspec.kernels.advance_decode import _advance_decode_kernel
 from vllm_lvspec.kernels.attention_mass import _attention_mass_kernel, _join_log_sums_kernel, _log_sums_kernel
 from vllm_lvspec.kernels.copy_slots import _copy_slots_kernel
+from vllm_lvspec.kernels.decode_attention import _decode_attention_kernel
 from vllm_lvspec.kernels.mxfp4_matvec import _mxfp4_matvec_kernel
 from vllm_lvspec.kernels.relevance import _mean_of_top_kernel, _top_cosines_kernel
 from vllm_lvspec.kernels.silu_and_mul import _silu_and_mul_kernel
@@ -163,6 +165,60 @@ KERNELS = {
         for num_bytes in (1, 2, 4)
     },
     **{
+        f"decode_attention_{dtype}{'_of_norms' * has_norm}{'_overlapping' * overlaps}": ASTSource(
+            fn=_decode_attention_kernel,
+            signature={
+                "qkv_ptr": f"*{dtype}",
+                "out_ptr": f"*{dtype}",
+                "positions_ptr": "*i64",
+                "cos_sin_ptr": f"*{dtype}",
+                "cos_sin_stride": "i32",
+                "query_norm_ptr": f"*{dtype}",
+                "key_norm_ptr": f"*{dtype}",
+                "eps": "fp32",
+                "cache_ptr": f"*{dtype}",
+                "page_stride": "i64",
+                "head_stride": "i32",
+                "token_stride": "i32",
+                "block_table_ptr": "*i32",
+                "block_table_stride": "i32",
+                "seq_lens_ptr": "*i32",
+                "slots_ptr": "*i64",
+                "parts_ptr": "*fp32",
+                "arrived_ptr": "*i32",
+                "num_splits": "i32",
+                "scale": "fp32",
+                "GROUP": "constexpr",
+                "HALF": "constexpr",
+                "PAGE_SIZE": "constexpr",
+                "HAS_NORM": "constexpr",
+                "BLOCK_G": "constexpr",
+                "BLOCK_K": "constexpr",
+                "BLOCK_S": "constexpr",
+                "INTERPRETED": "constexpr",
+                "OVERLAPS": "constexpr",
+            },
+            constexprs={
+                "GROUP": 7,
+                "HALF": 64,
+                "PAGE_SIZE": 16,
+                "HAS_NORM": has_norm,
+                "BLOCK_G": 16,
+                "BLOCK_K": 32,
+                "BLOCK_S": 16,
+                "INTERPRETED": False,
+                "OVERLAPS": overlaps,
+            },
+        )
+        for dtype, has_norm, overlaps in (
+            ("bf16", False, False),
+            ("bf16", True, False),
+            ("fp16", False, False),
+            ("fp32", False, False),
+            ("bf16", True, True),
+        )
+    },
+    **{
         f"top_cosines_{dtype}": ASTSource(
             fn=_top_cosines_kernel,
             signature={
@@ -224,42 +280,86 @@ KERNELS = {
 BINARIES = {"cuda": "cubin", "hip": "hsaco"}
 
 
-def mxfp4_matvec(backend: str) -> ASTSource:
+def mxfp4_matvec(backend: str, **asked: bool) -> ASTSource:
     signature = {
         "x_ptr": "*i32",
+        "norm_ptr": "*i32",
         "weight_ptr": "*i32",
         "scales_ptr": "*i16",
         "bias_ptr": "*bf16",
+        "added_ptr": "*bf16",
         "out_ptr": "*bf16",
         "parts_ptr": "*fp32",
         "arrived_ptr": "*i32",
         "num_columns": "i32",
         "num_groups": "i32",
         "num_splits": "i32",
+        "num_loops": "i32",
+        "eps": "fp32",
         "GROUPS": "constexpr",
+        "IS_WHOLE": "constexpr",
         "BLOCK_S": "constexpr",
+        "HAS_NORM": "constexpr",
         "HAS_BIAS": "constexpr",
+        "IS_ADDED": "constexpr",
+        "IS_GATED": "constexpr",
         "ASM": "constexpr",
+        "OVERLAPS": "constexpr",
     }
     aligned = [i for i, name in enumerate(signature) if name.endswith("_ptr") or name == "num_columns"]
+    constexprs = {"GROUPS": 8, "IS_WHOLE": asked.pop("IS_WHOLE", True), "BLOCK_S": 16, "ASM": backend == "cuda"}
+    constexprs |= {
+        name: asked.get(name, False) for name in ("HAS_NORM", "HAS_BIAS", "IS_ADDED", "IS_GATED", "OVERLAPS")
+    }
     return ASTSource(
         fn=_mxfp4_matvec_kernel,
         signature=signature,
-        constexprs={"GROUPS": 8, "BLOCK_S": 16, "HAS_BIAS": True, "ASM": backend == "cuda"},
+        constexprs=constexprs,
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
 
 
-for name in sys.argv[1:]:
+MATVECS = {
+    "alone": {"HAS_BIAS": True},
+    "with_an_end": {"IS_WHOLE": False},
+    "of_a_norm": {"HAS_NORM": True, "HAS_BIAS": True},
+    "added": {"IS_ADDED": True},
+    "gated": {"HAS_NORM": True, "IS_GATED": True},
+    "gated_overlapping": {"HAS_NORM": True, "IS_GATED": True, "OVERLAPS": True},
+}
+
+
+def compile_all(name: str) -> None:
     backend, arch = name.split(":")
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
+    can_overlap = backend == "cuda" and int(arch) >= 90
     for kernel, source in KERNELS.items():
-        print(name, kernel, len(compile(source, target=target).asm[BINARIES[backend]]))
-    compiled = compile(mxfp4_matvec(backend), target=target, options={"num_warps": 1})
-    print(name, "mxfp4_matvec", len(compiled.asm[BINARIES[backend]]))
-    # What tensor cores are given lies with the threads that it must lie with, and nothing is moved there first.
-    if backend == "cuda":
-        weights = [line for line in compiled.asm["ttgir"].splitlines() if "tt.elementwise_inline_asm" in line]
-        assert len(weights) == 1 and "tensor<128x8xi32, #blocked>" in weights[0], weights
-        layout = "#blocked = #ttg.blocked<{sizePerThread = [4, 1], threadsPerWarp = [32, 1]"
-        assert layout in compiled.asm["ttgir"], compiled.asm["ttgir"]
+        if can_overlap or not kernel.endswith("_overlapping"):
+            print(name, kernel, len(compile(source, target=target).asm[BINARIES[backend]]))
+    for kind, asked in MATVECS.items():
+        if kind.endswith("_overlapping") and not can_overlap:
+            continue
+        compiled = compile(mxfp4_matvec(backend, **asked), target=target, options={"num_warps": 1})
+        print(name, f"mxfp4_matvec_{kind}", len(compiled.asm[BINARIES[backend]]))
+        if backend == "cuda":
+            lies_as_tensor_cores_take_it(compiled.asm["ttgir"])
+        if kind.endswith("_overlapping"):
+            waits_behind_its_weights(compiled.asm["ptx"])
+
+
+def lies_as_tensor_cores_take_it(ttgir: str) -> None:
+    """What they are given lies with the threads that it must lie with, and nothing is moved there first."""
+    (weights,) = re.findall(r"tt.elementwise_inline_asm \"{\\0A.*: tensor<128x8xi32, (#\w+)>", ttgir)
+    layout = weights + " = #ttg.blocked<{sizePerThread = [4, 1], threadsPerWarp = [32, 1]"
+    assert layout in ttgir, ttgir
+
+
+def waits_behind_its_weights(ptx: str) -> None:
+    """All weights are asked for before the kernel before is waited for, and nothing of the vector is."""
+    before, _, behind = ptx.partition("griddepcontrol.wait")
+    assert before.count("ld.global.v4.b32") == 16 and "ld.global.b32" not in before, ptx
+    assert "ld.global.v4.b32 { %r" in before and behind.count("@p ld.global.b32") >= 32, ptx
+
+
+for name in sys.argv[1:]:
+    compile_all(name)

@@ -30,7 +30,7 @@ def run(asm: str, num_outputs: int, inputs: list[np.ndarray], memory: np.ndarray
             assert operation.endswith(".row.col.f32.f16.f16.f32")
             found = _multiplied([value(name) for name in names[4:]])
             registers |= dict(zip(names[:4], found, strict=True))
-        elif operation == "ld.global.nc.b32":
+        elif operation == "ld.global.b32":
             address, _, offset = names[1].partition("+")
             place = np.where(registers[predicate], value(address) + int(offset), 0) // 4
             assert (place[registers[predicate]] > 0).all()
@@ -78,9 +78,22 @@ def _two_halves(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
     return both.astype(np.float16).view(np.uint32)[:, 0]
 
 
+def _permuted(a: np.ndarray, b: np.ndarray, selectors: np.ndarray) -> np.ndarray:
+    """Of the eight bytes of `a` and `b`, by four bits each."""
+    either = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    found = np.zeros_like(either)
+    for place in range(4):
+        which = selectors.astype(np.uint64) >> np.uint64(4 * place) & np.uint64(15)
+        assert (which < 8).all()  # of more, signs are taken
+        found |= (either >> (which * np.uint64(8)) & np.uint64(255)) << np.uint64(8 * place)
+    return found.astype(np.uint32)
+
+
 _OPERATIONS = {
+    "prmt.b32": _permuted,
     "setp.ne.s64": lambda a, b: a != b,
     "mov.b32": lambda a: a,
+    "mov.f32": lambda a: a,
     "shl.b32": lambda a, by: a << by,
     "shr.u32": lambda a, by: a >> by,
     "and.b32": lambda a, b: a & b,

@@ -14,6 +14,7 @@ def test_every_kernel_is_timed_beside_its_reference(monkeypatch, capsys):
         "advance_decode",
         "attention_mass",
         "copy_slots",
+        "decode_attention",
         "mxfp4_matvec",
         "silu_and_mul",
     ):
@@ -31,6 +32,8 @@ def test_the_timed_launches_are_of_what_the_references_compute(device):
     rounded = {"rtol": 0.02, "atol": 0.1}
     matrix = benchmark.mxfp4_matvec_case(64, 128, device)
     assert torch.allclose(matrix.launch().float(), matrix.reference().float(), **rounded)
+    tokens = benchmark.decode_attention_case(2, 40, 4, 2, device)
+    assert torch.allclose(tokens.launch().float(), tokens.reference().float(), **rounded)
     silu = benchmark.silu_and_mul_case(2, 40, device)
     assert torch.allclose(silu.launch().float(), silu.reference().float(), **rounded)
     attention = benchmark.attention_mass_case(3, 50, 20, 4, 2, device)

@@ -18,7 +18,8 @@ from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_permute_bias, marlin_repacked_nk
 from vllm.platforms import current_platform
 
-from vllm_lvspec.kernels.mxfp4_matvec import TILE, Matrix, Workspace, launch_mxfp4_matvec
+from vllm_lvspec.kernels.mxfp4_matvec import TILE, Matrix, launch_mxfp4_matvec
+from vllm_lvspec.kernels.shared import Workspace
 from vllm_lvspec.kernels.silu_and_mul import MOST_ROWS, silu_and_mul
 
 logger = init_logger("vllm.lvspec")

@@ -1,0 +1,221 @@
+"""A drafted token through kernels of this package's, beside vLLM's layers with the same weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from interpreted import interpret
+from mxfp4 import random_matrix
+from torch import nn
+from vllm.model_executor.layers.activation import GeluAndMul
+from workload import LLAVA, QWEN
+
+from vllm_lvspec.engine import one_token
+from vllm_lvspec.engine.few_rows import FewRowsSiluAndMul, OneRowLinear
+from vllm_lvspec.engine.kv_layout import KVLayout
+from vllm_lvspec.engine.one_token import OneTokenStep, decoder_layers, one_token_step
+from vllm_lvspec.kernels.shared import Norm, Workspace
+
+CONTEXT = 70
+QWEN3 = replace(QWEN, checkpoint="qwen3_vl")
+
+
+class InFourBits:
+    """A linear layer's method whose weights are a matrix in MXFP4."""
+
+    def __init__(self, layer: Any, seed: int):
+        height, width = layer.input_size_per_partition, layer.output_size_per_partition
+        matrix, dense = random_matrix(height, width, seed, bias=getattr(layer, "bias", None) is not None)
+        self.dense = dense.bfloat16().float()
+        self.matrix = matrix
+        self.kernel = OneRowLinear(None, matrix, Workspace(torch.device("cpu")))
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        out = x.float() @ self.dense
+        return (out if bias is None else out + self.matrix.bias.float()).to(x.dtype)
+
+
+@pytest.fixture
+def drafter(engines, monkeypatch):
+    """`drafter(family)`: an engine's drafter in bfloat16, with its layers in four bits for the time of a test."""
+    interpret(monkeypatch)
+
+    def start(family: Any) -> Any:
+        engine = engines(family, drafter=3, dtype="bfloat16")
+        (model,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter.model)
+        assert model.one_token is None  # on CPUs
+        decoder = model.model.get_language_model().model
+        for number, layer in enumerate(decoder.layers):
+            linears = (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
+            for place, linear in enumerate(linears):
+                monkeypatch.setattr(linear, "quant_method", InFourBits(linear, 10 * number + place))
+            monkeypatch.setitem(layer.mlp._modules, "act_fn", FewRowsSiluAndMul(layer.mlp.act_fn))
+        return model
+
+    return start
+
+
+class OnGPUs:
+    """The drafter's caches, with keys and values where the kernel looks for them."""
+
+    def __init__(self, model: Any):
+        self.places, self.caches = {}, {}
+        for name, cache in model.caches.items():
+            layer = model.vllm_config.compilation_config.static_forward_context[name]
+            layout = KVLayout(layer, model.group.kv_cache_spec, cache)
+            pages = cache.as_strided((len(cache), layout.page_elements), (cache.stride(0), 1))
+            self.places[name] = pages, torch.cat([layout.keys, layout.values], dim=-1)  # [token, head, 2 size]
+        self.fetch()
+
+    def fetch(self) -> None:
+        """What vLLM has written."""
+        for name, (pages, places) in self.places.items():
+            found = pages[:, places].transpose(1, 2)
+            self.caches.setdefault(name, found.clone()).copy_(found)
+
+    def put(self) -> None:
+        """What vLLM is to read."""
+        for name, (pages, places) in self.places.items():
+            pages[:, places] = self.caches[name].transpose(1, 2)
+
+
+def text(model: Any, context: int, num_tokens: int) -> Any:
+    generator = torch.Generator().manual_seed(context)
+    batch = model.decode_batch(1, context, num_tokens)
+    token_ids = torch.randint(0, model.vocab_size, (num_tokens,), generator=generator)
+    # Of a pruned video positions are ahead of places.
+    return replace(batch, token_ids=token_ids, positions=batch.positions + 5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", [QWEN, LLAVA, QWEN3], ids=lambda family: family.checkpoint)
+def test_a_token_is_what_it_is_by_vllms_layers(family, drafter):
+    model = drafter(family)
+    prompt, batch = text(model, 0, CONTEXT), text(model, CONTEXT, 1)
+    model.run(prompt, model.metadata(prompt))
+    mine, theirs = OnGPUs(model), OnGPUs(model)
+    layers = decoder_layers(model.model, mine.caches)
+    decoder = model.model.get_language_model().model
+    assert len(layers) == len(decoder.layers)
+    assert (layers[0].heads.query_norm is not None) == (family is QWEN3)
+    model.one_token = OneTokenStep(layers, decoder.norm, Workspace(model.device))
+    try:
+        found = model.run(batch, model.metadata(batch)).float()
+        assert not model.one_token.workspace.arrived.any() and len(model.one_token.workspace.parts)
+        several = text(model, CONTEXT, 2)
+        model.run(several, model.metadata(several))  # of this it has no say
+    finally:
+        del model.one_token
+    wanted = model.run(batch, model.metadata(batch)).float()
+    assert (found - wanted).norm() <= 0.03 * wanted.norm()
+    theirs.fetch()
+    page, place = int(batch.slots[0]) // model.pool.page_size, int(batch.slots[0]) % model.pool.page_size
+    for name, cache in theirs.caches.items():
+        left, wanted = (each[page, :, place].float() for each in (mine.caches[name], cache))
+        assert wanted.norm() > 1 and (left - wanted).norm() <= 0.03 * wanted.norm()
+
+
+@torch.inference_mode()
+def test_a_layer_that_does_something_else_is_seen(drafter):
+    """What a start on a GPU tries: with vLLM's own layers, and with one whose norm, gate or sum is another."""
+    model = drafter(QWEN)
+    gpu = OnGPUs(model)
+    decoder = model.model.get_language_model().model
+
+    def by_vllm(module: Any) -> Any:
+        def run(*args: Any) -> Any:
+            gpu.put()
+            done = module(*args)
+            gpu.fetch()
+            return done
+
+        return run
+
+    def same(change: Any = lambda layer: layer) -> bool:
+        layers = decoder_layers(model.model, gpu.caches)
+        layers[-1] = change(layers[-1])
+        step = OneTokenStep(layers, decoder.norm, Workspace(model.device))
+        return one_token._does_the_same(step, [by_vllm(module) for module in decoder.layers], model)
+
+    assert same()
+    assert not same(lambda layer: replace(layer, attention_norm=replace(layer.attention_norm, eps=0.5)))
+    assert not same(lambda layer: replace(layer, heads=replace(layer.heads, scale=0.1)))
+    assert not same(lambda layer: replace(layer, cos_sin=layer.cos_sin.flip(0)))
+    assert not same(lambda layer: replace(layer, down=replace(layer.down, weight=layer.down.weight.flip(1))))
+
+
+def test_models_with_other_layers_keep_vllms(drafter, monkeypatch):
+    model = drafter(QWEN)
+    layers = model.model.get_language_model().model.layers
+    last = layers[-1]
+
+    def refused() -> bool:
+        return decoder_layers(model.model, model.caches) is None
+
+    assert not refused()
+    changes: list[tuple[Any, str, Any]] = [
+        (last.mlp.down_proj, "quant_method", SimpleNamespace()),
+        (last.self_attn.attn, "sliding_window", 8),
+        (last.self_attn.attn, "head_size", 48),
+        (last.self_attn, "qk_norm", True),  # whose norms are none
+        (last.self_attn.rotary_emb.rotary, "is_neox_style", False),
+        (last.self_attn.rotary_emb.rotary, "rotary_dim", 16),
+        (last.input_layernorm, "variance_size_override", 8),
+    ]
+    for where, name, value in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, value)
+            if name == "qk_norm":
+                for norm in ("q_norm", "k_norm"):
+                    patch.setattr(where, norm, nn.Identity(), raising=False)
+            assert refused(), name
+    for where, name, value in [
+        (last.mlp, "act_fn", GeluAndMul.__new__(GeluAndMul)),
+        (last, "self_attn", nn.Identity()),
+        (last, "input_layernorm", nn.Identity()),
+    ]:
+        with monkeypatch.context() as patch:
+            patch.setitem(where._modules, name, value)
+            assert refused(), name
+    assert not refused()
+
+
+def test_on_cpus_and_without_four_bits_nothing_changes(engines):
+    engine = engines(QWEN, drafter=3, dtype="bfloat16")
+    (model,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter.model)
+    assert one_token_step(model) is None
+    assert decoder_layers(model.model, model.caches) is None
+
+
+def test_loops_are_chosen_by_the_clock(monkeypatch):
+    asked: list[tuple[int, int]] = []
+    kinds: dict[int, set[str]] = {}
+
+    def launch(x, matrix, workspace, num_loops, **what):
+        asked.append((matrix.shape[0], num_loops))
+        kinds[matrix.shape[0]] = {name for name, value in what.items() if value is not None and value is not False}
+
+    monkeypatch.setattr(one_token, "launch_mxfp4_matvec", launch)
+    matrices = {
+        name: random_matrix(height, 64, seed=height)[0]
+        for name, height in (("qkv", 32), ("output", 64), ("gate_up", 96), ("down", 128))
+    }
+    norm = Norm(torch.ones(32).bfloat16(), 1e-6)
+    layer = SimpleNamespace(**matrices, cache=torch.zeros(0), attention_norm=norm, mlp_norm=norm)
+    step = OneTokenStep([layer, layer], nn.Identity(), Workspace(torch.device("cpu")))
+    best = {32: 4, 64: 1, 96: 2, 128: 4}
+
+    def seconds(run: Any) -> float:
+        asked.clear()
+        run()
+        assert len(asked) == 2 and len(set(asked)) == 1
+        return abs(asked[0][1] - best[asked[0][0]])
+
+    step.tune(seconds)
+    assert step.num_loops == {"qkv": 4, "output": 1, "gate_up": 2, "down": 4}
+    # As they are in a step.
+    assert kinds == {32: {"norm"}, 64: {"added"}, 96: {"norm", "is_gated"}, 128: {"added"}}

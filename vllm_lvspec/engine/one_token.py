@@ -1,0 +1,271 @@
+"""A drafted token through a drafter's layers in five kernels each: this package's, one after another.
+
+vLLM takes eleven for a layer in four bits: norms, rotary embedding, writing keys and values, attention and joining its
+parts, and SwiGLU beside the four products. For a small drafter's single token most of them are more launch than work.
+Here a product brings its norm, its gate or what it is added to along, and attention is one kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.models.qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP
+from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer
+from vllm.platforms import current_platform
+
+from vllm_lvspec.draft.batch import DraftBatch
+from vllm_lvspec.engine.few_rows import FewRowsSiluAndMul, OneRowLinear
+from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
+from vllm_lvspec.kernels.decode_attention import Heads, Rows, launch_decode_attention
+from vllm_lvspec.kernels.mxfp4_matvec import GROUP, TILE, Matrix, launch_mxfp4_matvec
+from vllm_lvspec.kernels.shared import Norm, Workspace
+
+if TYPE_CHECKING:
+    from vllm_lvspec.engine.draft_model import VLLMDraftModel
+
+logger = init_logger("vllm.lvspec")
+
+# What is done here, by the forwards that do it in vLLM.
+_LAYERS = (Qwen2DecoderLayer.forward, Qwen3DecoderLayer.forward)
+_ATTENTION = (Qwen2Attention.forward, Qwen3Attention.forward)
+_NUM_LOOPS = (1, 2, 4)  # of products, that are tried
+_TOLERANCE = 0.02  # of the norm of what a layer adds: sums are made in another order, and less is rounded
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer's weights, and its keys' and values' cache `[num_pages, num_keys, page_size, 2 size]`."""
+
+    attention_norm: Norm
+    qkv: Matrix
+    heads: Heads
+    cos_sin: torch.Tensor
+    cache: torch.Tensor
+    output: Matrix
+    mlp_norm: Norm
+    gate_up: Matrix
+    down: Matrix
+
+
+class OneTokenStep:
+    """From the embedding of a request's next token to the decoder's last hidden state."""
+
+    def __init__(self, layers: list[Layer], norm: nn.Module, workspace: Workspace):
+        self.layers = layers
+        self.norm = norm
+        self.workspace = workspace
+        self.num_loops = dict.fromkeys(("qkv", "output", "gate_up", "down"), 1)  # of a program
+        self.overlaps = False  # whether kernels start while those before still run
+
+    def __call__(self, stream: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """`stream [1, hidden_size]` to `[1, hidden_size]`; its keys and values go into the cache."""
+        for layer in self.layers:
+            stream = self.layer(layer, stream, rows)
+        return self.norm(stream)
+
+    def layer(self, layer: Layer, stream: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """The sum of what was before a layer and what it adds."""
+        qkv = self._product("qkv", layer, stream)
+        attended = launch_decode_attention(
+            qkv, layer.heads, layer.cos_sin, layer.cache, rows, self.workspace, overlaps=self.overlaps
+        )
+        stream = self._product("output", layer, attended, added=stream)
+        activated = self._product("gate_up", layer, stream)
+        return self._product("down", layer, activated, added=stream)
+
+    def _product(self, name: str, layer: Layer, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        return launch_mxfp4_matvec(
+            x,
+            getattr(layer, name),
+            self.workspace,
+            norm={"qkv": layer.attention_norm, "gate_up": layer.mlp_norm}.get(name),
+            added=added,
+            is_gated=name == "gate_up",
+            num_loops=self.num_loops[name],
+            overlaps=self.overlaps,
+        )
+
+    def tune(self, seconds: Callable[[Callable[[], Any]], float]) -> None:
+        """Choose how often programs of a product loop by `seconds`, what the kernels that a function launches take:
+        over all layers' matrices, which no cache holds. To be called before CUDA graphs are recorded."""
+        for name in self.num_loops:
+            taken = {}
+            for self.num_loops[name] in _NUM_LOOPS:
+                taken[self.num_loops[name]] = seconds(functools.partial(self._products, name))
+            self.num_loops[name] = min(taken, key=taken.__getitem__)
+
+    def _products(self, name: str) -> None:
+        for layer in self.layers:
+            height, width = getattr(layer, name).shape
+            x = torch.ones((1, height), dtype=torch.bfloat16, device=layer.cache.device)
+            self._product(name, layer, x, x.new_ones(1, width) if name in ("output", "down") else None)
+
+
+def decoder_layers(model: Any, caches: Mapping[str, torch.Tensor]) -> list[Layer] | None:
+    """Of a vision-language model in vLLM, with the caches of its attention layers by name; None where there is a layer
+    that does something else than `OneTokenStep`, or holds its weights otherwise."""
+    decoder = getattr(model.get_language_model(), "model", None)
+    found = [_layer(module, caches) for module in getattr(decoder, "layers", ())]
+    layers = [layer for layer in found if layer is not None]
+    return layers if layers and len(layers) == len(found) else None
+
+
+def _layer(module: Any, caches: Mapping[str, torch.Tensor]) -> Layer | None:
+    if type(module).forward not in _LAYERS:
+        return None
+    attention, mlp = module.self_attn, module.mlp
+    if type(attention).forward not in _ATTENTION or type(mlp).forward is not Qwen2MLP.forward:
+        return None
+    if type(mlp.act_fn) is not FewRowsSiluAndMul:
+        return None
+    linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+    kernels = [getattr(linear.quant_method, "kernel", None) for linear in linears]
+    matrices = [kernel.matrix for kernel in kernels if isinstance(kernel, OneRowLinear)]
+    if len(matrices) < len(linears):
+        return None
+    qkv, output, gate_up, down = matrices
+    if gate_up.bias is not None or gate_up.shape[1] % (2 * TILE) or gate_up.shape[1] != 2 * down.shape[0]:
+        return None
+    heads = _heads(attention)
+    if heads is None or qkv.shape[1] != (heads.num_queries + 2 * heads.num_keys) * heads.size:
+        return None
+    rotary = getattr(attention.rotary_emb, "rotary", attention.rotary_emb)
+    cos_sin = getattr(rotary, "cos_sin_cache", None)
+    if cos_sin is None or not rotary.is_neox_style or rotary.rotary_dim != heads.size or cos_sin.shape[1] != heads.size:
+        return None
+    before, between = _norm(module.input_layernorm), _norm(module.post_attention_layernorm)
+    if before is None or between is None:
+        return None
+    cache = caches[attention.attn.layer_name]
+    return Layer(before, qkv, heads, cos_sin.to(torch.bfloat16), cache, output, between, gate_up, down)
+
+
+def _norm(module: Any) -> Norm | None:
+    if type(module) is not RMSNorm or not module.has_weight or module.variance_size_override is not None:
+        return None
+    if module.weight.dtype != torch.bfloat16:
+        return None
+    return Norm(module.weight.data, module.variance_epsilon)
+
+
+def _heads(attention: Any) -> Heads | None:
+    attn, query_norm, key_norm = attention.attn, None, None
+    if attn.sliding_window is not None or attn.head_size != attn.head_size_v or attn.num_heads % attn.num_kv_heads:
+        return None
+    if attn.head_size < GROUP or attn.head_size & (attn.head_size - 1):
+        return None
+    if type(attention).forward is Qwen3Attention.forward or attention.qk_norm:
+        query_norm, key_norm = _norm(attention.q_norm), _norm(attention.k_norm)
+        if query_norm is None or key_norm is None or query_norm.eps != key_norm.eps:
+            return None
+    return Heads(attn.num_heads, attn.num_kv_heads, attn.head_size, attention.scaling, query_norm, key_norm)
+
+
+def one_token_step(model: VLLMDraftModel) -> OneTokenStep | None:
+    """Where a drafter on a GPU has its layers in MXFP4, alone: what its tokens may go through. Every layer is tried
+    against vLLM's first. To be called when its cache is bound, and before CUDA graphs are recorded."""
+    if model.device.type != "cuda" or get_tp_group().world_size > 1:
+        return None
+    layers = decoder_layers(model.model, model.caches)
+    if layers is None or not _is_strided(model):
+        return None
+    decoder = model.model.get_language_model().model
+    step = OneTokenStep(layers, decoder.norm, Workspace(model.device))
+    if not _does_the_same(step, decoder.layers, model):
+        logger.warning("lvspec: this package's kernels of a layer compute something else than vLLM's, so they rest.")
+        return None
+    step.tune(lambda run: _seconds(_recorded(run)[0]))
+    if current_platform.is_cuda() and current_platform.has_device_capability(90):
+        step.overlaps = _overlapping_pays(step, model)
+    return step
+
+
+def _is_strided(model: VLLMDraftModel) -> bool:
+    """Whether keys and values lie where the kernel looks for them."""
+    name, cache = next(iter(model.caches.items()))
+    layer = model.vllm_config.compilation_config.static_forward_context[name]
+    if cache.dtype != torch.bfloat16:
+        return False
+    try:
+        return KVLayout(layer, model.group.kv_cache_spec, cache).is_strided
+    except UnknownLayoutError:
+        return False
+
+
+@torch.inference_mode()
+def _does_the_same(step: OneTokenStep, modules: Iterable[Any], model: VLLMDraftModel) -> bool:
+    """Layer by layer: what is added to a token behind others, and the keys and values that are left."""
+    batch, rows = _trial(model)
+    generator = torch.Generator(model.device).manual_seed(0)  # all others' numbers stay as they are
+    page, place = divmod(int(batch.slots[0]), model.pool.page_size)
+    same = True
+    with model.forward_context(batch, model.metadata(batch)):
+        for layer, module in zip(step.layers, modules, strict=True):
+            layer.cache[: page + 1].normal_(generator=generator)
+            # Small beside what is added, which rounding would leave nothing of else.
+            x = torch.randn(1, layer.qkv.shape[0], dtype=torch.bfloat16, device=model.device, generator=generator) / 64
+            positions = batch.positions[0] if model.takes_one_position(batch) else batch.positions
+            added, residual = module(positions, x.clone(), None)
+            wanted, kept = added.float() + residual.float(), layer.cache[page, :, place].float()
+            layer.cache[page, :, place] = 0
+            found = step.layer(layer, x, rows).float()
+            rounding = 2**-7 * wanted.norm()
+            same &= bool((found - wanted).norm() <= _TOLERANCE * (wanted - x.float()).norm() + rounding)
+            same &= bool((layer.cache[page, :, place].float() - kept).norm() <= _TOLERANCE * kept.norm())
+    return same
+
+
+def rows_of(batch: DraftBatch) -> Rows:
+    """A batch of one token of each request, all dimensions of whose positions are the same."""
+    return Rows(batch.positions[0], batch.slots, batch.seq_lens, batch.block_table)
+
+
+def _trial(model: VLLMDraftModel) -> tuple[DraftBatch, Rows]:
+    size = model.pool.page_size
+    batch = model.decode_batch(1, min(4 * size + 3, model.max_model_len - 1, model.pool.num_pages * size - 1))
+    return batch, rows_of(batch)
+
+
+@torch.inference_mode()
+def _overlapping_pays(step: OneTokenStep, model: VLLMDraftModel) -> bool:
+    """Whether it takes less time, and all bits are what they are else: programs sum in the same order."""
+    batch, rows = _trial(model)
+    stream = torch.ones((1, step.layers[0].qkv.shape[0]), dtype=torch.bfloat16, device=model.device)
+    taken, found = [], []
+    with model.forward_context(batch, model.metadata(batch)):
+        for step.overlaps in (False, True):
+            graph, out = _recorded(lambda: step(stream, rows))
+            taken.append(_seconds(graph))
+            found.append(out.clone())
+    return torch.equal(*found) and taken[1] < taken[0]
+
+
+def _recorded(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of what `run` launches, and what it gives."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out = run()
+    return graph, out
+
+
+def _seconds(graph: torch.cuda.CUDAGraph) -> float:
+    """The least of a few times that it takes, without what the host does."""
+    taken = []
+    for _ in range(4):
+        started, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        started.record()
+        graph.replay()
+        done.record()
+        done.synchronize()
+        taken.append(started.elapsed_time(done) / 1e3)
+    return min(taken)
