@@ -18,7 +18,7 @@ import triton.language as tl
 from . import _package  # noqa: F401
 from .shared import Norm, Workspace
 
-_BLOCK_K = 32  # tokens at once
+_BLOCK_BYTES = 256  # of tokens at once, times bytes of a number: 64 KiB of keys and values with heads of 128
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -301,7 +301,7 @@ def launch_decode_attention(
         PAGE_SIZE=cache.shape[2],
         HAS_NORM=norm is not None,
         BLOCK_G=block,
-        BLOCK_K=_BLOCK_K,
+        BLOCK_K=_BLOCK_BYTES // cache.dtype.itemsize,
         BLOCK_S=triton.next_power_of_2(num_splits),
         INTERPRETED=not qkv.is_cuda,
         OVERLAPS=overlaps,

@@ -36,7 +36,7 @@ _BLOCK_S = 16
 # of an e2m1 value are put where float16 has its sign, the lowest bits of its exponent and the highest one of its
 # mantissa, which is 2^-14 times the value, whether normal or not; values of the vector, too, are taken smaller, by
 # 2^-4, and float16 then has all that bfloat16 holds between 2^-10 and a million: of what is less it loses bits, and
-# what is more is infinite.
+# what is more is a million. With a norm it is what has been multiplied by the norm's weights, but not yet divided.
 _SHRUNK_BY = tl.constexpr(2.0**18)
 _LOAD = "mov.b32 x{i}, 0;\n@p ld.global.b32 x{i}, [$16+{at}];\n"
 _HALVES = """shl.b32 t, x{i}, 16;
@@ -51,7 +51,7 @@ and.b32 v, v, 0xFFFF0000;
 mul.f32 t, t, s;
 mul.f32 u, u, v;
 """
-_JOIN = "cvt.rn.f16x2.f32 x{i}, u, t;\n"
+_JOIN = "cvt.rn.satfinite.f16x2.f32 x{i}, u, t;\n"
 _DECODE = """shl.b32 t, {word}, 4;
 shl.b32 u, {word}, 1;
 and.b32 u, u, 0x0E0E0E0E;

@@ -214,15 +214,15 @@ def test_a_token_through_this_packages_layers_is_what_it_is_through_vllms():
         (model,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter.model)
         step = one_token_step(model)
         assert step is not None
-        prompt, batch = model.decode_batch(1, 0, 70), model.decode_batch(1, 70)
-        prompt.token_ids = torch.arange(70, device="cuda")
+        prompt, batch = model.decode_batch(1, 0, 700), model.decode_batch(1, 700)
+        prompt.token_ids = torch.arange(700, device="cuda")
         model.one_token = None
         model.run(prompt, model.metadata(prompt))
         wanted = model.run(batch, model.metadata(batch)).float()
         model.one_token = step
-        found = []
+        metadata, found = model.metadata(batch, is_recorded=True), []
         for step.overlaps in (False, True) if torch.cuda.get_device_capability()[0] >= 9 else (False,):
-            graph, out = _recorded(lambda: model.run(batch, model.metadata(batch, is_recorded=True)))
+            graph, out = _recorded(lambda: model.run(batch, metadata))
             for _ in range(20):
                 graph.replay()
             found.append(out.clone())

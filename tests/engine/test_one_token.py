@@ -120,7 +120,7 @@ def test_a_token_is_what_it_is_by_vllms_layers(family, drafter):
 
 
 @torch.inference_mode()
-def test_a_layer_that_does_something_else_is_seen(drafter):
+def test_a_layer_that_does_something_else_is_seen(drafter, monkeypatch):
     """What a start on a GPU tries: with vLLM's own layers, and with one whose norm, gate or sum is another."""
     model = drafter(QWEN)
     gpu = OnGPUs(model)
@@ -135,17 +135,33 @@ def test_a_layer_that_does_something_else_is_seen(drafter):
 
         return run
 
-    def same(change: Any = lambda layer: layer) -> bool:
+    monkeypatch.setattr(one_token, "_TRIAL_TOKENS", CONTEXT)
+    run = type(model).run
+
+    def by_vllm_whole(self: Any, *args: Any) -> torch.Tensor:
+        gpu.put()
+        done = run(self, *args)
+        gpu.fetch()
+        return done
+
+    monkeypatch.setattr(type(model), "run", by_vllm_whole)
+
+    def differing(change: Any = lambda layer: layer, norm: Any = decoder.norm) -> str | None:
         layers = decoder_layers(model.model, gpu.caches)
         layers[-1] = change(layers[-1])
-        step = OneTokenStep(layers, decoder.norm, Workspace(model.device))
-        return one_token._does_the_same(step, [by_vllm(module) for module in decoder.layers], model)
+        step = OneTokenStep(layers, norm, Workspace(model.device))
+        return one_token._differing(step, [by_vllm(module) for module in decoder.layers], model)
 
-    assert same()
-    assert not same(lambda layer: replace(layer, attention_norm=replace(layer.attention_norm, eps=0.5)))
-    assert not same(lambda layer: replace(layer, heads=replace(layer.heads, scale=0.1)))
-    assert not same(lambda layer: replace(layer, cos_sin=layer.cos_sin.flip(0)))
-    assert not same(lambda layer: replace(layer, down=replace(layer.down, weight=layer.down.weight.flip(1))))
+    assert differing() is None
+    for change in (
+        lambda layer: replace(layer, mlp_norm=replace(layer.mlp_norm, weight=1.2 * layer.mlp_norm.weight)),
+        lambda layer: replace(layer, heads=replace(layer.heads, scale=0.1)),
+        lambda layer: replace(layer, down=replace(layer.down, weight=layer.down.weight.flip(1))),
+    ):
+        assert "layer 1 adds something else" in str(differing(change))
+    turned = differing(lambda layer: replace(layer, cos_sin=layer.cos_sin.flip(0)))
+    assert "layer 1 adds something else" in turned or "layer 1 leaves other keys or values" in turned
+    assert "the last hidden state" in differing(norm=nn.Identity())
 
 
 def test_models_with_other_layers_keep_vllms(drafter, monkeypatch):
@@ -219,3 +235,55 @@ def test_loops_are_chosen_by_the_clock(monkeypatch):
     assert step.num_loops == {"qkv": 4, "output": 1, "gate_up": 2, "down": 4}
     # As they are in a step.
     assert kinds == {32: {"norm"}, 64: {"added"}, 96: {"norm", "is_gated"}, 128: {"added"}}
+
+
+def test_what_a_device_cannot_do_ends_no_start(monkeypatch):
+    warnings: list[str] = []
+    monkeypatch.setattr(one_token.logger, "warning", lambda text, *args: warnings.append(text % args))
+    monkeypatch.setattr(one_token, "decoder_layers", lambda model, caches: [SimpleNamespace()])
+    monkeypatch.setattr(one_token, "_is_strided", lambda model: True)
+    monkeypatch.setattr(one_token, "Workspace", lambda device: None)
+    monkeypatch.setattr(one_token.current_platform, "is_cuda", lambda: False)
+    monkeypatch.setattr(OneTokenStep, "tune", lambda self, seconds: None)
+    decoder = SimpleNamespace(layers=[], norm=None)
+    language_model = SimpleNamespace(get_language_model=lambda: SimpleNamespace(model=decoder))
+
+    def step(outcome: Any, device: str = "cuda", ranks: int = 1) -> OneTokenStep | None:
+        def differing(*args: Any) -> str | None:
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        monkeypatch.setattr(one_token, "_differing", differing)
+        monkeypatch.setattr(one_token, "get_tp_group", lambda: SimpleNamespace(world_size=ranks))
+        model: Any = SimpleNamespace(device=torch.device(device), model=language_model, caches={})
+        return one_token_step(model)
+
+    assert isinstance(step(None), OneTokenStep)
+    assert step(None, "cpu") is step(None, ranks=2) is None and not warnings
+    assert step("layer 3 adds something else") is None and "because layer 3 adds" in warnings.pop()
+    assert step(RuntimeError("no such instruction")) is None and "no such instruction" in warnings.pop()
+    with pytest.raises(torch.OutOfMemoryError):
+        step(torch.OutOfMemoryError("full"))
+
+
+def test_tokens_go_through_whichever_layers_are_faster(engines, monkeypatch):
+    engine = engines(QWEN, drafter=3, dtype="bfloat16")
+    (model,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter.model)
+    step = object()
+    monkeypatch.setattr(model, "max_model_len", 9000)
+    monkeypatch.setattr(model.pool, "num_pages", 9000)
+    # By vLLM's layers a token takes 2.0, and 3.0 behind many.
+    for mine, is_faster in (((1.0, 2.9), True), ((2.0, 2.9), False), ((1.0, 3.1), False)):
+
+        def seconds(num_rows: int, context: int, mine: Any = mine, **_: Any) -> float:
+            assert num_rows == 1 and context in (1024, 8999)
+            return (mine if model.one_token else (2.0, 3.0))[context > 1024]
+
+        monkeypatch.setattr(model, "decode_seconds", seconds)
+        model.one_token = step
+        try:
+            model.warm_up()
+            assert model.one_token is (step if is_faster else None)
+        finally:
+            del model.one_token

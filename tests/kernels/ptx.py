@@ -74,7 +74,7 @@ def _lookup(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> n
 
 
 def _two_halves(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
-    both = np.stack([lower.view(np.float32), upper.view(np.float32)], axis=1)
+    both = np.stack([lower.view(np.float32), upper.view(np.float32)], axis=1).clip(-65504, 65504)
     return both.astype(np.float16).view(np.uint32)[:, 0]
 
 
@@ -99,5 +99,5 @@ _OPERATIONS = {
     "and.b32": lambda a, b: a & b,
     "lop3.b32": _lookup,
     "mul.f32": _floats(np.multiply),
-    "cvt.rn.f16x2.f32": _two_halves,
+    "cvt.rn.satfinite.f16x2.f32": _two_halves,
 }

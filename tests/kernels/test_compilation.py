@@ -20,5 +20,8 @@ def compiled(tmp_path_factory) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_for_gpus_that_are_not_here(target, compiled):
     assert compiled.returncode == 0, compiled.stderr
-    sizes = [int(line.split()[2]) for line in compiled.stdout.splitlines() if line.startswith(target + " ")]
-    assert len(sizes) > 20 and min(sizes) > 500
+    lines = [line.split() for line in compiled.stdout.splitlines()]
+    sizes = {each: [int(size) for name, _, size in lines if name == each] for each in TARGETS}
+    # Two of them overlap with the kernel before, which not all GPUs can have.
+    assert len(sizes[target]) + 2 * (target not in ("cuda:90", "cuda:100")) == len(sizes["cuda:90"])
+    assert len(sizes[target]) > 20 and min(sizes[target]) > 500

@@ -27,7 +27,7 @@ def case(lengths: list[int], heads: Heads, dtype: torch.dtype, device: torch.dev
     table = torch.randperm(num_pages, generator=generator)[: most * len(lengths)].view(len(lengths), most)
     places = torch.tensor(lengths) - 1
     slots = table[torch.arange(len(lengths)), places // PAGE] * PAGE + places % PAGE
-    angles = torch.rand(3000, heads.size // 2, generator=generator) * 6.3
+    angles = torch.rand(6000, heads.size // 2, generator=generator) * 6.3
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype).to(device)
     # Of a pruned video fewer tokens are in the cache than positions say.
     positions = torch.tensor(lengths) * 3 + 7
@@ -47,8 +47,8 @@ def same(heads: Heads, case, num_splits: int, workspace: Workspace) -> None:
     qkv, cos_sin, cache, rows = case
     wanted_cache, found_cache = cache.clone(), cache.clone()
     wanted = decode_attention_reference(qkv, heads, cos_sin, wanted_cache, rows)
-    for _ in range(2):  # what it counts by is as it was
-        found = launch_decode_attention(qkv, heads, cos_sin, found_cache, rows, workspace, num_splits)
+    for how in 2 * ways(qkv.device):  # what it counts by is as it was
+        found = launch_decode_attention(qkv, heads, cos_sin, found_cache, rows, workspace, num_splits, **how)
         assert found.shape == wanted.shape and found.dtype == wanted.dtype
         tolerance = 2e-5 if qkv.dtype == torch.float32 else 1e-2
         assert (found.float() - wanted.float()).norm() <= tolerance * wanted.float().norm()
@@ -67,8 +67,22 @@ def test_the_kernel_does_what_its_reference_does(num_queries, num_keys, size, dt
     same(heads, case([300, 1, 33], heads, dtype, device), 8, Workspace(device))
 
 
+def ways(device: torch.device) -> list[dict[str, bool]]:
+    """What a device can be asked for."""
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability()[0] < 9:
+        return [{}]
+    return [{}, {"overlaps": True}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_a_context_of_many_blocks(num_splits, dtype, device):
+    heads = Heads(14, 2, 64, 64**-0.5)
+    same(heads, case([1700, 900], heads, dtype, device), num_splits, Workspace(device))
+
+
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 32])
-@pytest.mark.parametrize("length", [1, 2, 16, 17, 32, 33, 34, 65, 500])
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 64, 65, 66, 129, 500])
 def test_contexts_end_anywhere(length, num_splits, device):
     heads = Heads(4, 2, 32, 32**-0.5)
     same(heads, case([length], heads, torch.float32, device, seed=length), num_splits, Workspace(device))

@@ -289,7 +289,8 @@ class VLLMDraftModel:
                 multimodal_embeddings=batch.visual or None,
                 is_multimodal=batch.visual_mask,  # on the host, as vLLM's models are given it
             )
-            if self.one_token is not None and len(embeds) == 1 and (batch.is_text or not self.uses_mrope):
+            is_text = not batch.visual and (batch.is_text or not self.uses_mrope)
+            if self.one_token is not None and is_text and len(embeds) == 1:
                 return self.one_token(embeds, rows_of(batch))
             positions = batch.positions[0] if self.takes_one_position(batch) else batch.positions
             return self.model(input_ids=None, positions=positions, inputs_embeds=embeds)
@@ -316,28 +317,35 @@ class VLLMDraftModel:
                 logger.info_once("lvspec: the drafter's steps of up to %d requests are CUDA graphs.", graphs.sizes[-1])
                 return
         forget_graphs(self.vllm_config)
+        self._wants_graphs = False
         self.group.create_metadata_builders(self.vllm_config, self.device, kernel_block_size=self.pool.page_size)
+        self._choose_layers()
 
+    @torch.inference_mode()
     def _choose_layers(self) -> None:
-        """This package's for single tokens, where these are decoded faster so than by vLLM's."""
-        step, taken = self.one_token, []
-        if step is None:
+        """This package's for single tokens, where these are decoded faster so than by vLLM's, behind few tokens and
+        behind many."""
+        if self.one_token is None:
             return
-        context = min(1024, self.max_model_len - 1, self.pool.num_pages * self.pool.page_size - 1)
+        step, taken = self.one_token, []
+        most = min(self.max_model_len, self.pool.num_pages * self.pool.page_size) - 1
         for self.one_token in (None, step):
             if self._wants_graphs:
                 graphs = DecodeGraphs(self, sizes=(1,), most_tokens=1, whole_chains=False)
                 self.graphs = graphs if graphs.record() else None
-            taken.append(min(self.decode_seconds(1, context, with_probs=False) for _ in range(5)))
+            for context in (1024, 16384):
+                many = min(context, most)
+                taken.append(min(self.decode_seconds(1, many, with_probs=False) for _ in range(5)))
         self.graphs = None
-        logger.info_once(
-            "lvspec: a drafted token takes %.2f ms by vLLM's layers, %.2f by lvspec's.", *(1e3 * t for t in taken)
-        )
-        if taken[0] <= taken[1]:
+        said = "lvspec: a drafted token takes %.2f ms, %.2f behind many, by vLLM's layers, and %.2f, %.2f by lvspec's."
+        logger.info_once(said, *(1e3 * seconds for seconds in taken))
+        if taken[2] >= taken[0] or taken[3] >= taken[1]:
             self.one_token = None
 
     def warm_up(self) -> None:
         """Compile what only requests run."""
+        if not self._wants_graphs:
+            self._choose_layers()
 
     def copy(self, target_slots: torch.Tensor, slots: torch.Tensor) -> None:
         raise NotImplementedError("another model's keys and values mean nothing to this one")
