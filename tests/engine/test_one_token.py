@@ -162,6 +162,13 @@ def test_a_layer_that_does_something_else_is_seen(drafter, monkeypatch):
     turned = differing(lambda layer: replace(layer, cos_sin=layer.cos_sin.flip(0)))
     assert "layer 1 adds something else" in turned or "layer 1 leaves other keys or values" in turned
     assert "the last hidden state" in differing(norm=nn.Identity())
+    # A layer may add nothing, but then it must.
+    last = decoder.layers[-1]
+    for linear in (last.self_attn.o_proj, last.mlp.down_proj):
+        linear.quant_method.dense.zero_(), linear.quant_method.matrix.weight.zero_()
+    assert differing() is None
+    last.mlp.down_proj.quant_method.matrix.weight.fill_(0x22222222)
+    assert "layer 1 adds something else" in differing()
 
 
 def test_models_with_other_layers_keep_vllms(drafter, monkeypatch):

@@ -246,8 +246,9 @@ def _differing(step: OneTokenStep, modules: Iterable[Any], model: VLLMDraftModel
 
 
 def _share(part: torch.Tensor, whole: torch.Tensor) -> float:
-    """Of sums of magnitudes, in which one number far above all others counts for less than in norms."""
-    return float(part.abs().sum() / whole.abs().sum())
+    """Of sums of magnitudes, in which one number far above all others counts for less than in norms. Nothing is none
+    of nothing: layers may add none."""
+    return float(part.abs().sum() / whole.abs().sum().clamp(min=1e-30))
 
 
 def rows_of(batch: DraftBatch) -> Rows:
