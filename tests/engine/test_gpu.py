@@ -212,11 +212,11 @@ def test_a_token_through_this_packages_layers_is_what_it_is_through_vllms():
     """As a whole, and where kernels start while those before still run, to the last bit."""
     with running("qwen2_5_vl", lvspec={"draft_quantization": "mxfp4"}) as engine:
         (model,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter.model)
+        model.one_token = None
         step = one_token_step(model)
         assert step is not None
         prompt, batch = model.decode_batch(1, 0, 700), model.decode_batch(1, 700)
         prompt.token_ids = torch.arange(700, device="cuda")
-        model.one_token = None
         model.run(prompt, model.metadata(prompt))
         wanted = model.run(batch, model.metadata(batch)).float()
         model.one_token = step

@@ -292,5 +292,6 @@ def test_tokens_go_through_whichever_layers_are_faster(engines, monkeypatch):
         try:
             model.warm_up()
             assert model.one_token is (step if is_faster else None)
+            assert model.token_seconds == {"vLLM": [2.0, 3.0], "lvspec": list(mine)}
         finally:
-            del model.one_token
+            del model.one_token, model.token_seconds

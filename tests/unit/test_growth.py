@@ -67,12 +67,17 @@ def test_page_and_plot_show_every_engine_and_point(tmp_path):
         title="At the cost of 32B", family="qwen2_5_vl", policy="lvspec", dtype="float32", spec_tokens=[4], samples=8,
         seed=1, engine={}, alone=False,
     )  # fmt: skip
-    report = GrowthReport(environment=environment, settings=settings, measured=[measured, measured])
+    chosen = measured.model_copy(
+        update={"token_seconds": {"vLLM": [0.003, 0.005], "lvspec": [0.0021, 0.004]}, "draft_layers": "lvspec"}
+    )
+    report = GrowthReport(environment=environment, settings=settings, measured=[measured, chosen])
     (tmp_path / "3-growth.json").write_text(report.model_dump_json())
     growth.plot(report, tmp_path / "3-growth.png")
     text = page(tmp_path)
     assert "## At the cost of 32B" in text and "### 32b ← 3b:fp8" in text and "take 3.250 GiB" in text
     assert "| 4 | 3.00 [2.90, 3.10] | 2.00 [1.90, 2.10] |" in text
+    taken = "takes 3.00 and 5.00 ms by vLLM's layers and 2.10 and 4.00 ms by this package's; lvspec's were used."
+    assert text.count(f"A drafted token behind few others and behind many {taken}") == 1
     assert "| 392 | 20 | 1 | 4 | 1.50 [1.50, 1.50] | 2.00 | – |" in text
     assert "![At the cost of 32B](benchmarks/3-growth.png)" in text
     console = Console(record=True, width=200, quiet=True)

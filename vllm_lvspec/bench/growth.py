@@ -105,6 +105,12 @@ class Measured(StrictModel):
     draft_graphs: bool | None = Field(
         None, description="whether the drafter's steps were CUDA graphs; null where that was not looked at"
     )
+    token_seconds: dict[str, list[float]] | None = Field(
+        None,
+        description="of a drafted token behind 1,024 and 16,384 others, or as many as there may be, by whose layers; "
+        "null where there is no choice",
+    )
+    draft_layers: str | None = Field(None, description="whose single tokens go through: `vLLM` or `lvspec`")
     accepted: dict[int, Accepted] = Field(description="by K")
     points: list[Point]
 
@@ -429,6 +435,8 @@ def _measure(
             drafter=str(drafter),
             draft_gib=steered.drafter.model.num_weight_bytes / 2**30,
             draft_graphs=steered.drafter.model.graphs is not None,
+            token_seconds=steered.drafter.model.token_seconds,
+            draft_layers="vLLM" if steered.drafter.model.one_token is None else "lvspec",
             accepted=accepted,
             points=points,
         )

@@ -45,6 +45,11 @@ intervals. `ar` is vLLM without speculation, in the same run on the same machine
 ### {{ measured.name }}
 
 The drafter's weights take {{ "%.3f" | format(measured.draft_gib) }} GiB.
+{% if measured.token_seconds %}
+A drafted token behind few others and behind many takes {{ milliseconds(measured.token_seconds["vLLM"]) }} by vLLM's \
+layers and {{ milliseconds(measured.token_seconds["lvspec"]) }} by this package's; {{ measured.draft_layers }}'s were \
+used.
+{% endif %}
 
 | K | tokens per step | decode speed over no drafts |
 |---|---|---|
@@ -95,6 +100,7 @@ def page(folder: Path) -> str:
         accepted_rows=accepted_rows,
         cost_rows=cost_rows,
         cost_headings=COST_HEADINGS,
+        milliseconds=_milliseconds,
         shown=shown,
         figure=figure,
         profile_markdown=profile_markdown,
@@ -104,6 +110,10 @@ def page(folder: Path) -> str:
         if line or (lines and lines[-1]):
             lines.append(line.rstrip())
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _milliseconds(seconds: list[float]) -> str:
+    return " and ".join(f"{1e3 * each:.2f}" for each in seconds) + " ms"
 
 
 AnyReport = Report | ServedReport | GrowthReport

@@ -72,6 +72,8 @@ class VLLMDraftModel:
     model: Any
     graphs: DecodeGraphs | None = None  # of its decode steps
     one_token: OneTokenStep | None = None  # what those of a single text token go through instead of its own layers
+    # Of a drafted token behind few and behind many others, by whose layers; None where there is no choice.
+    token_seconds: dict[str, list[float]] | None = None
     _wants_graphs = False
     _has_text_rotary = False  # for positions of one dimension
     # Whether the backend's plan of a step is written where that of the one before may not have been copied from.
@@ -327,19 +329,25 @@ class VLLMDraftModel:
         behind many."""
         if self.one_token is None:
             return
-        step, taken = self.one_token, []
+        step, taken = self.one_token, {}
         most = min(self.max_model_len, self.pool.num_pages * self.pool.page_size) - 1
-        for self.one_token in (None, step):
+        contexts = [min(context, most) for context in (1024, 16384)]
+        for whose, self.one_token in (("vLLM", None), ("lvspec", step)):
             if self._wants_graphs:
                 graphs = DecodeGraphs(self, sizes=(1,), most_tokens=1, whole_chains=False)
                 self.graphs = graphs if graphs.record() else None
-            for context in (1024, 16384):
-                many = min(context, most)
-                taken.append(min(self.decode_seconds(1, many, with_probs=False) for _ in range(5)))
+            taken[whose] = [
+                min(self.decode_seconds(1, context, with_probs=False) for _ in range(5)) for context in contexts
+            ]
         self.graphs = None
-        said = "lvspec: a drafted token takes %.2f ms, %.2f behind many, by vLLM's layers, and %.2f, %.2f by lvspec's."
-        logger.info_once(said, *(1e3 * seconds for seconds in taken))
-        if taken[2] >= taken[0] or taken[3] >= taken[1]:
+        self.token_seconds = taken
+        logger.info_once(
+            "lvspec: a drafted token behind %d and behind %d others takes %.2f and %.2f ms by vLLM's layers, %.2f and "
+            "%.2f by lvspec's.",
+            *contexts,
+            *(1e3 * seconds for each in taken.values() for seconds in each),
+        )
+        if any(mine >= theirs for mine, theirs in zip(taken["lvspec"], taken["vLLM"], strict=True)):
             self.one_token = None
 
     def warm_up(self) -> None:
