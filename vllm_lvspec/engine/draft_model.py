@@ -306,9 +306,9 @@ class VLLMDraftModel:
 
     def record_graphs(self) -> None:
         """Have decode steps launched as CUDA graphs from now on, where that can be, on all ranks alike."""
-        self._choose_layers()
         if not self._wants_graphs:
             return
+        self._choose_layers()
         # Not all that can record one token of each request can record two, or more.
         for most_tokens, whole_chains in ((MOST_TOKENS, True), (MOST_TOKENS, False), (1, False)):
             graphs = DecodeGraphs(self, most_tokens=most_tokens, whole_chains=whole_chains)
@@ -319,9 +319,8 @@ class VLLMDraftModel:
                 logger.info_once("lvspec: the drafter's steps of up to %d requests are CUDA graphs.", graphs.sizes[-1])
                 return
         forget_graphs(self.vllm_config)
-        self._wants_graphs = False
+        self._wants_graphs = False  # and layers are chosen anew
         self.group.create_metadata_builders(self.vllm_config, self.device, kernel_block_size=self.pool.page_size)
-        self._choose_layers()
 
     @torch.inference_mode()
     def _choose_layers(self) -> None:
