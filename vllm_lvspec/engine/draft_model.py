@@ -138,6 +138,11 @@ class VLLMDraftModel:
 
     # The cache ----------------------------------------------------------------------------------------------------
 
+    @property
+    def longest_context(self) -> int:
+        """Tokens that a request can have in the cache before its next one."""
+        return min(self.max_model_len, self.pool.num_pages * self.pool.page_size) - 1
+
     def _attention_layers(self) -> dict[str, Any]:
         context = self.vllm_config.compilation_config.static_forward_context
         return {name: layer for name, layer in context.items() if isinstance(layer, AttentionLayerBase)}
@@ -329,8 +334,7 @@ class VLLMDraftModel:
         if self.one_token is None:
             return
         step, taken = self.one_token, {}
-        most = min(self.max_model_len, self.pool.num_pages * self.pool.page_size) - 1
-        contexts = [min(context, most) for context in (1024, 16384)]
+        contexts = [min(context, self.longest_context) for context in (1024, 16384)]
         for whose, self.one_token in (("vLLM", None), ("lvspec", step)):
             if self._wants_graphs:
                 graphs = DecodeGraphs(self, sizes=(1,), most_tokens=1, whole_chains=False)

@@ -211,12 +211,10 @@ def _is_strided(model: VLLMDraftModel) -> bool:
 
 @torch.inference_mode()
 def _differing(step: OneTokenStep, modules: Iterable[Any], model: VLLMDraftModel) -> str | None:
-    """What is not what it is by vLLM's layers: of a text's next token what each adds, and the keys and values that it
-    leaves, and the last hidden state. Trained layers are asked what they may be asked: of others, scores may be so far
-    apart that rounding decides."""
-    num_tokens = min(
-        _TRIAL_TOKENS, model.max_batch_tokens, model.max_model_len - 1, model.pool.num_pages * model.pool.page_size - 1
-    )
+    """What is not as by vLLM's layers, for a text's next token: what a layer adds, the keys and values that it leaves,
+    or the last hidden state. The text is one that the model has read, and each layer is given what those before give:
+    of numbers by chance, scores may be so far apart that rounding decides between two of them."""
+    num_tokens = min(_TRIAL_TOKENS, model.max_batch_tokens, model.longest_context)
     prompt, batch = model.decode_batch(1, 0, num_tokens), model.decode_batch(1, num_tokens)
     prompt.token_ids = torch.arange(num_tokens, device=model.device) % model.vocab_size
     model.run(prompt, model.metadata(prompt))
@@ -259,8 +257,7 @@ def rows_of(batch: DraftBatch) -> Rows:
 @torch.inference_mode()
 def _overlapping_pays(step: OneTokenStep, model: VLLMDraftModel) -> bool:
     """Whether it takes less time, and all bits are what they are else: programs sum in the same order."""
-    num_tokens = min(1024, model.max_model_len - 1, model.pool.num_pages * model.pool.page_size - 1)
-    batch = model.decode_batch(1, num_tokens)
+    batch = model.decode_batch(1, min(1024, model.longest_context))
     rows, taken, found = rows_of(batch), [], []
     with model.forward_context(batch, model.metadata(batch)):
         stream = model.model.embed_input_ids(batch.token_ids)

@@ -195,7 +195,7 @@ class LVSpecProposer:
         assert isinstance(model, VLLMDraftModel)
         most = self.vllm_config.scheduler_config.max_num_seqs
         chain = 1 + self.config.num_speculative_tokens
-        context = min(CONTEXT_MEASURED, model.max_model_len - 1, model.pool.num_pages * model.pool.page_size - 1)
+        context = min(CONTEXT_MEASURED, model.longest_context)
         draft_seconds = functools.partial(model.decode_seconds, with_probs=self.drafter.payoff.is_adaptive)
         rows: list[int] = []
         target: list[float] = []
