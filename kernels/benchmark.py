@@ -20,6 +20,7 @@ from vllm_lvspec.kernels.advance_decode import advance_decode_reference, launch_
 from vllm_lvspec.kernels.attention_mass import attention_mass_reference, gather_keys, launch_attention_mass
 from vllm_lvspec.kernels.copy_slots import PagedCaches, copy_slots_reference, launch_copy_slots
 from vllm_lvspec.kernels.decode_attention import Heads, Rows, decode_attention_reference, launch_decode_attention
+from vllm_lvspec.kernels.greedy_head import Head, greedy_head_reference, in_eight_bits, launch_greedy_head
 from vllm_lvspec.kernels.mxfp4_matvec import Matrix, launch_mxfp4_matvec, mxfp4_matvec_reference
 from vllm_lvspec.kernels.relevance import (
     VisualPages,
@@ -28,7 +29,7 @@ from vllm_lvspec.kernels.relevance import (
     mean_of_top_reference,
     top_cosines_reference,
 )
-from vllm_lvspec.kernels.shared import Workspace
+from vllm_lvspec.kernels.shared import Norm, Workspace
 from vllm_lvspec.kernels.silu_and_mul import launch_silu_and_mul, silu_and_mul_reference
 
 COPY_BYTES = 2**28
@@ -180,6 +181,20 @@ def decode_attention_case(num_rows: int, context: int, num_heads: int, num_kv_he
     )
 
 
+def greedy_head_case(num_tokens: int, width: int, in_eight: bool, device: torch.device) -> Case:
+    """In bfloat16, or `in_eight` bits."""
+    head = Head(0.1 * torch.randn(num_tokens, width, device=device, dtype=torch.bfloat16))
+    head = in_eight_bits(head) if in_eight else head
+    x = torch.randn(1, width, device=device).bfloat16()
+    norm, workspace = Norm(torch.ones(width, device=device).bfloat16(), 1e-6), Workspace(device)
+    return Case(
+        f"greedy_head, {num_tokens} x {width}, {'e4m3' if in_eight else 'bfloat16'}",
+        lambda: launch_greedy_head(x, head, num_tokens, workspace, norm),
+        lambda: greedy_head_reference(x, head, num_tokens, norm),
+        head.num_bytes,
+    )
+
+
 def silu_and_mul_case(num_rows: int, width: int, device: torch.device) -> Case:
     x = torch.randn(num_rows, 2 * width, device=device).bfloat16()
     return Case(
@@ -197,6 +212,9 @@ def cases(device: torch.device) -> list[Case]:
     copies = [(10, 64), (1250, 64)] if large else [(125, 4)]
     matrices = [(3584, 4608), (3584, 37888), (18944, 3584)] if large else [(256, 512)]
     tokens = [(1, 1300, 28, 4), (1, 1300, 16, 2), (8, 1300, 28, 4)] if large else [(1, 65, 14, 2)]
+    heads = [(VOCABULARY, 3584), (VOCABULARY, 2048)] if large else [(1500, 128)]
+    # e4m3 is there from sm_89 on; references are in PyTorch, which has it everywhere.
+    has_eight = not large or (torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 9))
     return [
         *(relevance_case(n, 10, visual, 3584, device) for n, visual in videos),
         *(acceptance_case(n, 10, device) for n in (1, 32, 256)),
@@ -205,6 +223,7 @@ def cases(device: torch.device) -> list[Case]:
         *(copy_slots_case(*sizes, device) for sizes in copies),
         *(mxfp4_matvec_case(*sizes, device) for sizes in matrices),
         *(decode_attention_case(*sizes, device) for sizes in tokens),
+        *(greedy_head_case(*sizes, in_eight, device) for sizes in heads for in_eight in (False, True)[: 1 + has_eight]),
         silu_and_mul_case(1, 18944, device),
     ]
 

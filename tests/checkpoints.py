@@ -29,6 +29,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from vllm_lvspec.kernels.greedy_head import Head, in_eight_bits
 from vllm_lvspec.reference import TARGET
 from vllm_lvspec.reference.qwen2_5_vl import build_config, save_checkpoint
 
@@ -216,12 +217,22 @@ def save_in_int8(source: Path, folder: Path) -> str:
     return str(folder)
 
 
-def save_rounded_to_mxfp4(source: Path, folder: Path) -> str:
+def save_rounded_to_mxfp4(source: Path, folder: Path, head_in_e4m3: bool = False) -> str:
     """`source` with the weights of the language model's linear layers at values that MXFP4 has (OCP Microscaling
     Formats v1.0: 32 numbers of four bits share a power of two), in its own dtype: what vLLM makes of them on GPUs.
+
+    `head_in_e4m3`: with its head, a copy of the embeddings, at values that this package's has in eight bits.
     """
     shutil.copytree(source, folder)
     tensors = load_file(source / "model.safetensors")
+    if head_in_e4m3:
+        (embeddings,) = [tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight")]
+        rounded = in_eight_bits(Head(embeddings))
+        assert rounded.scales is not None
+        tensors["lm_head.weight"] = (rounded.weight.float() * rounded.scales[:, None]).to(embeddings.dtype)
+        config = json.loads((folder / "config.json").read_text())
+        config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+        (folder / "config.json").write_text(json.dumps(config))
     for name, tensor in tensors.items():
         if ".layers." in name and name.endswith("proj.weight"):
             tensors[name] = _rounded_to_mxfp4(tensor.float()).to(tensor.dtype)

@@ -11,6 +11,7 @@ import vllm_lvspec.kernels.advance_decode
 import vllm_lvspec.kernels.attention_mass
 import vllm_lvspec.kernels.copy_slots
 import vllm_lvspec.kernels.decode_attention
+import vllm_lvspec.kernels.greedy_head
 import vllm_lvspec.kernels.mxfp4_matvec
 import vllm_lvspec.kernels.relevance
 import vllm_lvspec.kernels.silu_and_mul
@@ -21,6 +22,7 @@ KERNELS = [
     vllm_lvspec.kernels.attention_mass,
     vllm_lvspec.kernels.copy_slots,
     vllm_lvspec.kernels.decode_attention,
+    vllm_lvspec.kernels.greedy_head,
     vllm_lvspec.kernels.mxfp4_matvec,
     vllm_lvspec.kernels.relevance,
     vllm_lvspec.kernels.silu_and_mul,

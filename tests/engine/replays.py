@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
+import torch
+
 from vllm_lvspec.engine.decode_graphs import DecodeGraphs
 
 
@@ -22,11 +24,13 @@ class Replays(DecodeGraphs):
         yield
 
     def _replay(self, batch, metadata):
-        hidden = self._model.run(batch, metadata)
+        found = self._model.run_far(batch, metadata)
 
         def replay():
             self.num_rows.append((len(batch.seq_lens), batch.max_query_len))
             # On CPUs metadata hold plans of their own, which graphs' backends keep in buffers.
-            hidden.copy_(self._model.run(batch, self._model.metadata(batch)))
+            again = self._model.run_far(batch, self._model.metadata(batch))
+            for kept, new in [(found, again)] if isinstance(found, torch.Tensor) else zip(found, again, strict=True):
+                kept.copy_(new)
 
-        return replay, hidden
+        return replay, found

@@ -4,6 +4,7 @@ import copy
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from replays import Replays
@@ -27,6 +28,7 @@ from vllm_lvspec.engine.decode_graphs import (
     prepare_for_graphs,
     unlocked_workspace,
 )
+from vllm_lvspec.kernels.advance_decode import advance_decode
 
 
 @pytest.fixture
@@ -97,15 +99,53 @@ def test_requests_to_measure_with_have_pages_of_their_own(model):
 def test_batches_that_no_graph_is_for_are_run(model):
     graphs = Replays(model, sizes=(2,))
     assert graphs.record()
-    assert graphs.hidden(model.decode_batch(3, 5)) is None
+    assert graphs.run(model.decode_batch(3, 5)) is None
     two = model.decode_batch(2, 5)
     two.visual = [torch.zeros(1, 8)]
-    assert graphs.hidden(two) is None
+    assert graphs.run(two) is None
     two.visual, two.max_query_len = [], 2  # one of the two, or as many as there are tokens
-    assert graphs.hidden(two) is None
-    assert graphs.hidden(model.decode_batch(2, 5, 3)) is None
+    assert graphs.run(two) is None
+    assert graphs.run(model.decode_batch(2, 5, 3)) is None
     with torch.inference_mode():
-        assert graphs.hidden(model.decode_batch(2, 5, 2)).shape[0] == 4
+        assert graphs.run(model.decode_batch(2, 5, 2)).shape[0] == 4
+
+
+def test_a_batch_stays_in_the_inputs_and_moves_on_there(model):
+    """What becomes of it is what forwards over a batch apart give; and what it had been made of stays as it was."""
+    graphs = Replays(model, sizes=(1, 2, 4))
+    assert graphs.record()
+    generator = torch.Generator().manual_seed(0)
+    apart, there = model.decode_batch(4, 40), model.decode_batch(4, 40)
+    there.block_table = apart.block_table = torch.cat([apart.block_table, apart.block_table + 20], dim=1)
+    own = there.positions, there.slots, there.seq_lens
+    before = [values.clone() for values in own]
+    rows = np.arange(4)
+    with torch.inference_mode():
+        for stays in (rows, rows, rows[:2], rows[:2], rows[1:2], rows[:1]):
+            apart, there = apart.rows(stays), there.rows(stays)
+            apart.token_ids = torch.randint(0, 1000, (len(stays),), generator=generator)
+            there.token_ids = apart.token_ids.clone()
+            wanted = model.run(apart, model.metadata(apart))
+            assert torch.allclose(graphs.run(there), wanted, atol=1e-5)
+            inputs = graphs._inputs[len(stays), 1]
+            for name in ("positions", "slots", "seq_lens", "block_table"):
+                assert getattr(there, name).data_ptr() == getattr(inputs, name).data_ptr()
+            for batch in (apart, there):
+                batch.max_seq_len += 1
+                batch.seq_lens_cpu = batch.seq_lens_cpu + 1
+                advance_decode(batch.positions, batch.seq_lens, batch.slots, batch.block_table, model.pool.page_size)
+    assert all(torch.equal(values, was) for values, was in zip(own, before, strict=True))
+
+
+def test_of_a_batch_that_is_there_nothing_but_its_tokens_is_copied(model):
+    graphs = Replays(model, sizes=(2,))
+    assert graphs.record()
+    batch, inputs = model.decode_batch(2, 40), graphs._inputs[2, 1]
+    graphs._take_in(batch, inputs)
+    # On CPUs `seq_lens` are those of the host, too, which are copied.
+    written = {name: getattr(inputs, name)._version for name in ("token_ids", "positions", "slots", "block_table")}
+    graphs._take_in(batch, inputs)
+    assert {name for name, was in written.items() if getattr(inputs, name)._version > was} == {"token_ids"}
 
 
 def test_a_plan_that_is_written_on_the_host_waits_until_the_last_one_was_copied(model, monkeypatch):

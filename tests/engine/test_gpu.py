@@ -26,8 +26,9 @@ from vllm_lvspec import kernels
 from vllm_lvspec.bench.run import prompt_writer
 from vllm_lvspec.bench.samples import videofacts
 from vllm_lvspec.engine.few_rows import OneRowLinear, give_few_rows
-from vllm_lvspec.engine.one_token import _recorded, one_token_step
+from vllm_lvspec.engine.one_token import _head, _recorded, one_token_step
 from vllm_lvspec.engine.placeholders import PADDING_TOKEN_ID
+from vllm_lvspec.kernels.greedy_head import in_eight_bits
 from vllm_lvspec.reference import PAIRS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA or AMD GPU")
@@ -209,7 +210,7 @@ def test_weights_are_read_where_marlin_has_them(height, width, has_bias):
 
 @torch.inference_mode()
 def test_a_token_through_this_packages_layers_is_what_it_is_through_vllms():
-    """As a whole, and where kernels start while those before still run, to the last bit."""
+    """As a whole, and where kernels start while those before still run, to the last bit; and so is the next one."""
     with running("qwen2_5_vl", lvspec={"draft_quantization": "mxfp4"}) as engine:
         (model,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.drafter.drafter.model)
         model.one_token = None
@@ -219,6 +220,7 @@ def test_a_token_through_this_packages_layers_is_what_it_is_through_vllms():
         prompt.token_ids = torch.arange(700, device="cuda")
         model.run(prompt, model.metadata(prompt))
         wanted = model.run(batch, model.metadata(batch)).float()
+        logits = model.model.compute_logits(wanted.to(torch.bfloat16))[0].float()
         model.one_token = step
         metadata, found = model.metadata(batch, is_recorded=True), []
         for step.overlaps in (False, True) if torch.cuda.get_device_capability()[0] >= 9 else (False,):
@@ -228,6 +230,14 @@ def test_a_token_through_this_packages_layers_is_what_it_is_through_vllms():
             found.append(out.clone())
         assert all(torch.equal(each, found[0]) for each in found)
         assert (found[0].float() - wanted).norm() <= 0.02 * wanted.norm()
+        plain = _head(model)
+        assert plain is not None
+        for step.head in (plain, in_eight_bits(plain)) if torch.cuda.get_device_capability() >= (8, 9) else (plain,):
+            graph, (token_ids, probs) = _recorded(lambda: model.run_far(batch, metadata))
+            for _ in range(20):
+                graph.replay()
+            assert logits.max() - logits[token_ids] <= 0.25 * logits.std()
+            assert abs(probs / logits.softmax(-1)[token_ids] - 1) < 0.5
 
 
 def test_the_device_is_not_waited_for_while_it_drafts():

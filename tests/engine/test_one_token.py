@@ -10,14 +10,18 @@ import pytest
 import torch
 from interpreted import interpret
 from mxfp4 import random_matrix
+from replays import Replays
 from torch import nn
 from vllm.model_executor.layers.activation import GeluAndMul
 from workload import LLAVA, QWEN
 
+from vllm_lvspec.draft.drafter import NextTokens
 from vllm_lvspec.engine import one_token
 from vllm_lvspec.engine.few_rows import FewRowsSiluAndMul, OneRowLinear
 from vllm_lvspec.engine.kv_layout import KVLayout
 from vllm_lvspec.engine.one_token import OneTokenStep, decoder_layers, one_token_step
+from vllm_lvspec.kernels.advance_decode import advance_decode
+from vllm_lvspec.kernels.greedy_head import Head, in_eight_bits
 from vllm_lvspec.kernels.shared import Norm, Workspace
 
 CONTEXT = 70
@@ -106,17 +110,121 @@ def test_a_token_is_what_it_is_by_vllms_layers(family, drafter):
     try:
         found = model.run(batch, model.metadata(batch)).float()
         assert not model.one_token.workspace.arrived.any() and len(model.one_token.workspace.parts)
+        model.one_token.head, model.one_token.num_tokens = one_token._head(model), model.shared_vocab_size
+        tokens, probs = model.forward(batch, with_probs=True)
+        assert model.forward(batch).probs is None
         several = text(model, CONTEXT, 2)
         model.run(several, model.metadata(several))  # of this it has no say
     finally:
         del model.one_token
     wanted = model.run(batch, model.metadata(batch)).float()
     assert (found - wanted).norm() <= 0.03 * wanted.norm()
+    chosen, chosen_probs = model.forward(batch, with_probs=True)
+    assert torch.equal(tokens, chosen) and torch.allclose(probs, chosen_probs, rtol=0.1)
     theirs.fetch()
     page, place = int(batch.slots[0]) // model.pool.page_size, int(batch.slots[0]) % model.pool.page_size
     for name, cache in theirs.caches.items():
         left, wanted = (each[page, :, place].float() for each in (mine.caches[name], cache))
         assert wanted.norm() > 1 and (left - wanted).norm() <= 0.03 * wanted.norm()
+
+
+class Stale(Replays):
+    """Whose replays choose once and for all, with probabilities of their own."""
+
+    def _replay(self, batch: Any, metadata: Any) -> Any:
+        _, (token_ids, probs) = super()._replay(batch, metadata)
+
+        def replay() -> None:
+            token_ids.copy_(self._model.run_far(batch, None).token_ids)
+
+        return replay, NextTokens(token_ids, probs + 1e-6)
+
+
+@torch.inference_mode()
+def test_tokens_follow_one_another_from_recorded_steps(drafter, monkeypatch):
+    """A replay chooses the next token, and asks vLLM's attention for no plan."""
+    model = drafter(QWEN)
+    caches = OnGPUs(model).caches
+    model.one_token = OneTokenStep(
+        decoder_layers(model.model, caches), model.model.get_language_model().model.norm, Workspace(model.device)
+    )
+    model.one_token.head, model.one_token.num_tokens = one_token._head(model), model.shared_vocab_size
+
+    def chain() -> list[int]:
+        batch, tokens = text(model, CONTEXT, 1), []
+        for _ in range(6):
+            batch.token_ids = model.forward(batch).token_ids
+            tokens.append(batch.token_ids)
+            batch.seq_lens_cpu = batch.seq_lens_cpu + 1
+            advance_decode(batch.positions, batch.seq_lens, batch.slots, batch.block_table, model.pool.page_size)
+        return torch.cat(tokens).tolist()
+
+    try:
+        graphs = Replays(model, sizes=(1,), most_tokens=1, whole_chains=False)
+        assert graphs.record() and isinstance(graphs._graphs[1, 1][1], NextTokens)
+        graphs.num_rows.clear()
+        wanted = chain()  # by a cache into which graphs that were tried have written
+        monkeypatch.setattr(model, "graphs", graphs)
+        planned: list[Any] = []
+        metadata = model.metadata
+        monkeypatch.setattr(model, "metadata", lambda batch, **how: planned.append(batch) or metadata(batch, **how))
+        assert chain() == wanted and len(set(wanted)) > 2
+        assert graphs.num_rows == 6 * [(1, 1)] and len(planned) == 6  # by these replays, not by the graphs
+        assert not Stale(model, sizes=(1,), most_tokens=1, whole_chains=False).record()
+    finally:
+        del model.one_token
+
+
+@torch.inference_mode()
+def test_whichever_head_is_fastest_chooses(drafter, monkeypatch):
+    model = drafter(QWEN)
+    warnings: list[str] = []
+    monkeypatch.setattr(one_token.logger, "warning", lambda text, *args: warnings.append(text % args))
+    layers = decoder_layers(model.model, OnGPUs(model).caches)
+    step = OneTokenStep(layers, model.model.get_language_model().model.norm, Workspace(model.device))
+
+    def choose(*taken: float, has_eight_bits: bool = True) -> Head | None:
+        times = iter(taken)
+        one_token._choose_head(step, model, has_eight_bits, lambda run: (run(), next(times))[1])
+        assert not list(times)
+        return step.head
+
+    assert choose(1.0, 2.0, 3.0) is None and step.num_bytes == 0
+    plain, rounded = choose(3.0, 1.0, 2.0), choose(3.0, 2.0, 1.0)
+    assert plain.scales is None and step.num_tokens == model.shared_vocab_size
+    assert rounded.weight.dtype == torch.float8_e4m3fn and step.num_bytes == rounded.num_bytes
+    assert choose(3.0, 2.0, has_eight_bits=False).scales is None and not warnings
+    # What chooses other tokens, by far, has no say.
+    monkeypatch.setattr(one_token, "in_eight_bits", lambda head: in_eight_bits(Head(head.weight.flip(0))))
+    assert choose(3.0, 2.0).scales is None and "float8_e4m3fn rests, because a token that it chooses" in warnings.pop()
+    # Nor has what a compiler refuses, and that does not keep the other one from it.
+    launch = one_token.launch_greedy_head
+
+    def refused(x: Any, head: Head, *args: Any) -> Any:
+        if head.scales is not None:
+            raise ValueError("type fp8e4nv not supported in this architecture")
+        return launch(x, head, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one_token, "launch_greedy_head", refused)
+        assert choose(3.0, 2.0).scales is None and "can't be used: ValueError('type fp8e4nv" in warnings.pop()
+
+    def full(head: Head) -> Head:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(one_token, "in_eight_bits", full)
+    assert choose(3.0, 2.0).scales is None and "no memory for the drafter's head in eight bits" in warnings.pop()
+    language_model = model.model.get_language_model()
+    for where, name, value in (
+        (language_model.logits_processor, "soft_cap", 30.0),
+        (language_model.logits_processor, "scale", 0.5),
+        (language_model.logits_processor, "head_dtype", torch.float32),
+        (language_model.lm_head, "quant_method", SimpleNamespace()),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, value)
+            step.head = None
+            assert choose() is None, name
 
 
 @torch.inference_mode()
@@ -252,6 +360,7 @@ def test_what_a_device_cannot_do_ends_no_start(monkeypatch):
     monkeypatch.setattr(one_token, "Workspace", lambda device: None)
     monkeypatch.setattr(one_token.current_platform, "is_cuda", lambda: False)
     monkeypatch.setattr(OneTokenStep, "tune", lambda self, seconds: None)
+    monkeypatch.setattr(one_token, "_choose_head", lambda *args: None)
     decoder = SimpleNamespace(layers=[], norm=None)
     language_model = SimpleNamespace(get_language_model=lambda: SimpleNamespace(model=decoder))
 
@@ -269,6 +378,8 @@ def test_what_a_device_cannot_do_ends_no_start(monkeypatch):
     assert isinstance(step(None), OneTokenStep)
     assert step(None, "cpu") is step(None, ranks=2) is None and not warnings
     assert step("layer 3 adds something else") is None and "because layer 3 adds" in warnings.pop()
+    monkeypatch.setattr(one_token, "_choose_head", lambda *args: 1 / 0)
+    assert step(None).head is None and "a head can't be used: ZeroDivisionError" in warnings.pop()
     assert step(RuntimeError("no such instruction")) is None and "no such instruction" in warnings.pop()
     with pytest.raises(torch.OutOfMemoryError):
         step(torch.OutOfMemoryError("full"))

@@ -11,6 +11,7 @@ from vllm_lvspec.kernels.advance_decode import _advance_decode_kernel
 from vllm_lvspec.kernels.attention_mass import _attention_mass_kernel, _join_log_sums_kernel, _log_sums_kernel
 from vllm_lvspec.kernels.copy_slots import _copy_slots_kernel
 from vllm_lvspec.kernels.decode_attention import _decode_attention_kernel
+from vllm_lvspec.kernels.greedy_head import _greedy_head_kernel
 from vllm_lvspec.kernels.mxfp4_matvec import _mxfp4_matvec_kernel
 from vllm_lvspec.kernels.relevance import _mean_of_top_kernel, _top_cosines_kernel
 from vllm_lvspec.kernels.silu_and_mul import _silu_and_mul_kernel
@@ -262,6 +263,40 @@ KERNELS = {
         constexprs={"NUM_SPLITS": 16, "TOP": 16},
     ),
     **{
+        f"greedy_head_{weights}": ASTSource(
+            fn=_greedy_head_kernel,
+            signature={
+                "x_ptr": "*bf16",
+                "norm_ptr": "*bf16",
+                "weight_ptr": f"*{weights}",
+                "scales_ptr": "*fp32",
+                "token_ptr": "*i64",
+                "prob_ptr": "*fp32",
+                "parts_ptr": "*fp32",
+                "arrived_ptr": "*i32",
+                "num_tokens": "i32",
+                "eps": "fp32",
+                "WIDTH": "constexpr",
+                "HAS_NORM": "constexpr",
+                "HAS_SCALES": "constexpr",
+                "BLOCK_V": "constexpr",
+                "BLOCK_H": "constexpr",
+                "BLOCK_P": "constexpr",
+                "NUM_STAGES": "constexpr",
+            },
+            constexprs={
+                "WIDTH": 3584,
+                "HAS_NORM": True,
+                "HAS_SCALES": weights != "bf16",
+                "BLOCK_V": 32,
+                "BLOCK_H": 256,
+                "BLOCK_P": 1024,
+                "NUM_STAGES": 3,
+            },
+        )
+        for weights in ("bf16", "fp8e4nv")
+    },
+    **{
         f"silu_and_mul_{dtype}": ASTSource(
             fn=_silu_and_mul_kernel,
             signature={
@@ -276,6 +311,9 @@ KERNELS = {
         for dtype in ("bf16", "fp16", "fp32")
     },
 }
+
+# Eight bits a weight are what NVIDIA's GPUs have from sm_89 on.
+FEWEST = {"greedy_head_fp8e4nv": 89}
 
 BINARIES = {"cuda": "cubin", "hip": "hsaco"}
 
@@ -331,7 +369,7 @@ MATVECS = {
 
 # Numbers and strides that 16 divides, as they are in a drafter, decide how memory is read.
 for kernel, source in KERNELS.items():
-    if kernel.startswith("decode_attention"):
+    if kernel.startswith(("decode_attention", "greedy_head")):
         unaligned = ("positions_ptr", "block_table_ptr", "seq_lens_ptr", "slots_ptr", "block_table_stride")
         names = [name for name in source.signature if name.endswith(("_ptr", "_stride")) and name not in unaligned]
         aligned = [list(source.signature).index(name) for name in names]
@@ -345,10 +383,14 @@ def compile_all(name: str) -> None:
     for kernel, source in KERNELS.items():
         if kernel.endswith("_overlapping") and not can_overlap:
             continue
+        if kernel in FEWEST and (backend != "cuda" or int(arch) < FEWEST[kernel]):
+            continue
         compiled = compile(source, target=target)
         print(name, kernel, len(compiled.asm[BINARIES[backend]]))
         if kernel.endswith("_overlapping"):
             waits_before_it_reads(compiled.asm["ptx"])
+        if kernel.startswith("greedy_head") and backend == "cuda":
+            reads_ahead(compiled.asm["ttgir"])
     for kind, asked in MATVECS.items():
         if kind.endswith("_overlapping") and not can_overlap:
             continue
@@ -372,6 +414,13 @@ def waits_behind_its_weights(ptx: str) -> None:
     before, _, behind = ptx.partition("griddepcontrol.wait")
     assert before.count("ld.global.v4.b32") == 16 and "st.global" not in before
     assert "@p ld.global.b32" not in before and behind.count("@p ld.global.b32") >= 32
+
+
+def reads_ahead(ttgir: str) -> None:
+    """What a loop multiplies was asked for two loops before, and is nowhere laid out anew."""
+    loop = ttgir[ttgir.index("scf.for") :]
+    assert "ttg.async_wait" in loop and ttgir.count("ttg.async_copy_global_to_local") == 9, ttgir
+    assert "ttg.convert_layout" not in loop.partition("scf.yield")[0], ttgir
 
 
 def waits_before_it_reads(ptx: str) -> None:

@@ -14,3 +14,9 @@ def _interpret_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def has_e4m3(device: torch.device) -> bool:
+    """Whether kernels on it can read numbers in e4m3."""
+    return device.type == "cpu" or (torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 9))

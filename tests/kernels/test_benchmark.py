@@ -15,13 +15,14 @@ def test_every_kernel_is_timed_beside_its_reference(monkeypatch, capsys):
         "attention_mass",
         "copy_slots",
         "decode_attention",
+        "greedy_head",
         "mxfp4_matvec",
         "silu_and_mul",
     ):
         assert name in shown
 
 
-def test_the_timed_launches_are_of_what_the_references_compute(device):
+def test_the_timed_launches_are_of_what_the_references_compute(device, has_e4m3):
     small = [
         benchmark.relevance_case(2, 3, 20, 32, device),
         benchmark.acceptance_case(2, 5, device),
@@ -34,6 +35,10 @@ def test_the_timed_launches_are_of_what_the_references_compute(device):
     assert torch.allclose(matrix.launch().float(), matrix.reference().float(), **rounded)
     tokens = benchmark.decode_attention_case(2, 40, 4, 2, device)
     assert torch.allclose(tokens.launch().float(), tokens.reference().float(), **rounded)
+    for in_eight in (False, True)[: 1 + has_e4m3]:
+        head = benchmark.greedy_head_case(100, 64, in_eight, device)
+        (found, probs), (wanted, wanted_probs) = head.launch(), head.reference()
+        assert torch.equal(found, wanted) and torch.allclose(probs, wanted_probs, rtol=1e-3)
     silu = benchmark.silu_and_mul_case(2, 40, device)
     assert torch.allclose(silu.launch().float(), silu.reference().float(), **rounded)
     attention = benchmark.attention_mass_case(3, 50, 20, 4, 2, device)

@@ -34,6 +34,7 @@ from vllm.v1.worker.workspace import (
 )
 
 from vllm_lvspec.draft.batch import DraftBatch
+from vllm_lvspec.draft.drafter import NextTokens
 from vllm_lvspec.draft.leftover import MOST_RECALLING
 from vllm_lvspec.draft.pages import NO_SLOT
 
@@ -49,7 +50,7 @@ PLANS_ON_HOST = ("FLASHINFER",)  # backends whose plan of a step would overwrite
 _NUM_WARM_UP = 2
 _TOLERANCE = 0.05  # of the norm: kernels may sum in another order
 
-Replay = tuple[Callable[[], Any], torch.Tensor]
+Replay = tuple[Callable[[], Any], torch.Tensor | NextTokens]
 Shape = tuple[int, int]  # requests, tokens of each
 
 
@@ -101,7 +102,7 @@ def unlocked_workspace() -> Iterator[list[torch.Tensor | None]]:
 
 
 class DecodeGraphs:
-    """Graphs of a drafter's forward, up to its last hidden states, by number of requests and tokens of each.
+    """Graphs of a drafter's forward, as far as its `run_far` goes, by number of requests and tokens of each.
 
     Those of as many tokens read one set of inputs, into which a batch is copied; requests behind it are padding, which
     is written nowhere. `most_tokens`: of each request; `whole_chains`: of a few requests as many as drafts have, too.
@@ -197,9 +198,9 @@ class DecodeGraphs:
         # Made right before they are used: backends keep but one plan in the buffers that graphs read.
         metadata = self._model.metadata(inputs, is_recorded=True)
         for _ in range(_NUM_WARM_UP):
-            self._model.run(inputs, metadata)
+            self._model.run_far(inputs, metadata)
         with self._without_waiting():
-            self._model.run(inputs, metadata)
+            self._model.run_far(inputs, metadata)
 
     def _record(self, shape: Shape) -> None:
         inputs = self._inputs[shape]
@@ -223,25 +224,30 @@ class DecodeGraphs:
             torch.cuda.set_sync_debug_mode(before)
 
     def _replay(self, batch: DraftBatch, metadata: Any) -> Replay:
-        """What launches a forward over `batch` anew, and where it leaves the hidden states."""
+        """What launches a forward over `batch` anew, and where it leaves what comes of it."""
         graph = torch.cuda.CUDAGraph()
         with capture_pool(self._pool, self._model.vllm_config) as pool:
             get_offloader().sync_prev_onload()
             with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-                hidden = self._model.run(batch, metadata)
+                found = self._model.run_far(batch, metadata)
                 get_offloader().join_after_forward()
-        return graph.replay, hidden
+        return graph.replay, found
 
     def _does_the_same(self, size: int, tokens: int) -> bool:
         """Over a full batch and, where there can be padding, over one with a request less."""
         model, same = self._model, True
         for num_requests in sorted({size, max(1, size - 1)}):
             batch = self._trial(num_requests, tokens)
-            wanted = model.run(batch, model.metadata(batch)).float()
-            found = self.hidden(batch)
-            assert found is not None
-            # No number is within it, either. All are compared: ranks run the same forwards.
-            same &= bool((found.float() - wanted).norm() <= _TOLERANCE * wanted.norm())
+            wanted = model.run_far(batch, model.metadata(batch))
+            found = self.run(batch)
+            if isinstance(wanted, NextTokens):
+                assert isinstance(found, NextTokens) and found.probs is not None and wanted.probs is not None
+                # Programs sum in the same order. No number is another one than itself.
+                same &= torch.equal(found.token_ids, wanted.token_ids) and torch.equal(found.probs, wanted.probs)
+            else:
+                assert isinstance(found, torch.Tensor)
+                # No number is within it, either. All are compared: ranks run the same forwards.
+                same &= bool((found.float() - wanted.float()).norm() <= _TOLERANCE * wanted.float().norm())
         return same
 
     def _trial(self, num_requests: int, tokens: int) -> DraftBatch:
@@ -273,8 +279,9 @@ class DecodeGraphs:
         fits = [tokens for tokens in found if tokens >= num_tokens]
         return min(fits) if fits else max(found, default=None)
 
-    def hidden(self, batch: DraftBatch) -> torch.Tensor | None:
-        """The batch's last hidden states `[num_tokens, hidden_size]`, to be read before the next ones are asked for.
+    def run(self, batch: DraftBatch) -> torch.Tensor | NextTokens | None:
+        """The batch's last hidden states `[num_tokens, hidden_size]`, or next tokens, to be read before the next ones
+        are asked for.
 
         None for batches that no graph is for: of too many requests, of different or too many tokens, or no text.
         """
@@ -286,22 +293,34 @@ class DecodeGraphs:
             return None
         size = sizes[bisect_left(sizes, num_requests)]
         inputs = self._inputs[size, tokens]
-        inputs.token_ids[:num_tokens].copy_(batch.token_ids)
-        inputs.positions[:, :num_tokens].copy_(batch.positions)
-        inputs.slots[:num_tokens].copy_(batch.slots)
-        inputs.seq_lens[:num_requests].copy_(batch.seq_lens)
-        inputs.seq_lens_cpu[:num_requests].copy_(batch.seq_lens_cpu)
-        inputs.block_table[:num_requests, : batch.block_table.shape[1]].copy_(batch.block_table)
+        self._take_in(batch, inputs)
         if size > num_requests:
             inputs.slots[num_tokens:].fill_(NO_SLOT)
             inputs.seq_lens[num_requests:].fill_(tokens)
             inputs.seq_lens_cpu[num_requests:].fill_(tokens)
-        # Backends that plan a step do so here, into the buffers that the graph reads.
-        self._model.metadata(replace(inputs, max_seq_len=batch.max_seq_len))
+        if not self._model.takes_own_layers(inputs):
+            # Backends that plan a step do so here, into the buffers that the graph reads.
+            self._model.metadata(replace(inputs, max_seq_len=batch.max_seq_len))
         get_offloader().sync_prev_onload()
-        replay, hidden = self._graphs[size, tokens]
+        replay, found = self._graphs[size, tokens]
         replay()
-        return hidden[:num_tokens]
+        return found if isinstance(found, NextTokens) else found[:num_tokens]
+
+    def _take_in(self, batch: DraftBatch, inputs: DraftBatch) -> None:
+        """Put the batch into `inputs`, where one of single tokens stays: whoever moves that on moves `inputs` on, and
+        has but the tokens to be copied for the next forward."""
+        there = _first_requests(inputs, len(batch.seq_lens), batch.max_query_len)
+        there.token_ids.copy_(batch.token_ids)
+        there.seq_lens_cpu.copy_(batch.seq_lens_cpu)
+        for name in ("positions", "slots", "seq_lens", "block_table"):
+            to, values = getattr(there, name), getattr(batch, name)
+            if to.data_ptr() == values.data_ptr():
+                continue
+            to = to[:, : values.shape[1]] if name == "block_table" else to
+            to.copy_(values)
+        if batch.max_query_len == 1:
+            batch.positions, batch.slots = there.positions, there.slots
+            batch.seq_lens, batch.block_table = there.seq_lens, there.block_table
 
 
 def _takes_several(model: VLLMDraftModel) -> bool:

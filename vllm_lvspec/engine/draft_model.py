@@ -134,7 +134,8 @@ class VLLMDraftModel:
     @property
     def num_weight_bytes(self) -> int:
         """What its weights take beside the target's."""
-        return sum(p.nbytes for p in self.model.parameters())
+        own = 0 if self.one_token is None else self.one_token.num_bytes
+        return sum(p.nbytes for p in self.model.parameters()) + own
 
     # The cache ----------------------------------------------------------------------------------------------------
 
@@ -209,9 +210,12 @@ class VLLMDraftModel:
         return embeddings.flatten(0, -2)
 
     def forward(self, batch: DraftBatch, with_probs: bool = False) -> NextTokens:
-        hidden = None if self.graphs is None else self.graphs.hidden(batch)
+        hidden = None if self.graphs is None else self.graphs.run(batch)
         if hidden is None:
-            hidden = self.run(batch, self.metadata(batch))
+            hidden = self.run_far(batch, None if self.takes_own_layers(batch) else self.metadata(batch))
+        if isinstance(hidden, NextTokens):  # which the next ones may overwrite
+            assert hidden.probs is not None
+            return NextTokens(hidden.token_ids.clone(), hidden.probs.clone() if with_probs else None)
         if batch.max_query_len > 1 and not batch.asks_all:
             hidden = hidden[(batch.query_starts[1:] - 1).long()]
         if self._split_head is not None and not with_probs:
@@ -287,20 +291,35 @@ class VLLMDraftModel:
         """Of each token, whatever dimensions positions have."""
         return not self.uses_mrope or (self._has_text_rotary and batch.is_text)
 
+    def takes_own_layers(self, batch: DraftBatch) -> bool:
+        """Whether the batch is a token that goes through this package's layers, which read no `metadata`."""
+        is_text = not batch.visual and (batch.is_text or not self.uses_mrope)
+        return self.one_token is not None and is_text and len(batch.token_ids) == 1
+
     def run(self, batch: DraftBatch, metadata: Any) -> torch.Tensor:
         """Hidden states `[num_tokens, hidden_size]` of the last layer; keys and values go into the cache."""
         with self.forward_context(batch, metadata):
-            embeds = self.model.embed_input_ids(
-                # A prompt may hold ids that only the target's padded vocabulary has.
-                batch.token_ids.clamp(max=self.vocab_size - 1),
-                multimodal_embeddings=batch.visual or None,
-                is_multimodal=batch.visual_mask,  # on the host, as vLLM's models are given it
-            )
-            is_text = not batch.visual and (batch.is_text or not self.uses_mrope)
-            if self.one_token is not None and is_text and len(embeds) == 1:
+            embeds = self._embed(batch)
+            if self.takes_own_layers(batch):
+                assert self.one_token is not None
                 return self.one_token(embeds, rows_of(batch))
             positions = batch.positions[0] if self.takes_one_position(batch) else batch.positions
             return self.model(input_ids=None, positions=positions, inputs_embeds=embeds)
+
+    def run_far(self, batch: DraftBatch, metadata: Any) -> torch.Tensor | NextTokens:
+        """As far as this package's kernels go: to the next token where they choose it, else as `run`."""
+        if self.one_token is None or self.one_token.head is None or not self.takes_own_layers(batch):
+            return self.run(batch, metadata)
+        with self.forward_context(batch, metadata):
+            return self.one_token.next_token(self._embed(batch), rows_of(batch))
+
+    def _embed(self, batch: DraftBatch) -> torch.Tensor:
+        return self.model.embed_input_ids(
+            # A prompt may hold ids that only the target's padded vocabulary has.
+            batch.token_ids.clamp(max=self.vocab_size - 1),
+            multimodal_embeddings=batch.visual or None,
+            is_multimodal=batch.visual_mask,  # on the host, as vLLM's models are given it
+        )
 
     @property
     def tokens_at_once(self) -> int:

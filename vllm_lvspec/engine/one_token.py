@@ -1,8 +1,9 @@
-"""A drafted token through a drafter's layers in five kernels each: this package's, one after another.
+"""A drafted token through a drafter's layers in five kernels each, and to the next token in one more: this package's.
 
 vLLM takes eleven for a layer in four bits: norms, rotary embedding, writing keys and values, attention and joining its
 parts, and SwiGLU beside the four products. For a small drafter's single token most of them are more launch than work.
-Here a product brings its norm, its gate or what it is added to along, and attention is one kernel.
+Here a product brings its norm, its gate or what it is added to along, and attention is one kernel. Behind the layers
+the last norm, the head and the choice of a token are one.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from torch import nn
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP
 from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer
 from vllm.platforms import current_platform
 
 from vllm_lvspec.draft.batch import DraftBatch
+from vllm_lvspec.draft.drafter import NextTokens
 from vllm_lvspec.engine.few_rows import FewRowsSiluAndMul, OneRowLinear
 from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
 from vllm_lvspec.kernels.decode_attention import Heads, Rows, launch_decode_attention
+from vllm_lvspec.kernels.greedy_head import Head, in_eight_bits, launch_greedy_head
 from vllm_lvspec.kernels.mxfp4_matvec import GROUP, TILE, Matrix, launch_mxfp4_matvec
 from vllm_lvspec.kernels.shared import Norm, Workspace
 
@@ -39,6 +44,9 @@ _ATTENTION = (Qwen2Attention.forward, Qwen3Attention.forward)
 _NUM_LOOPS = (1, 2, 4)  # of products, that are tried
 _TOLERANCE = 0.05  # of what a layer adds: sums are made in another order, and less is rounded
 _WHOLE_TOLERANCE = 0.2  # of the last hidden state, to which layers have added what they differ in
+_HEAD_TOLERANCE = 0.25  # of logits' deviation: how much less a chosen token may have than the best
+_LOG_TOLERANCE = 0.5  # of a chosen token's probability, by its logarithm
+_TRIAL_ENDS = 8  # texts of one length that a head is tried with
 _TRIAL_TOKENS = 4099  # more than all programs of an attention kernel take at once, and no whole number of blocks
 
 
@@ -58,20 +66,46 @@ class Layer:
 
 
 class OneTokenStep:
-    """From the embedding of a request's next token to the decoder's last hidden state."""
+    """From the embedding of a request's next token to the decoder's last hidden state, or to the token behind it.
+
+    `norm`: the decoder's last. `head`: what chooses a token, where that is this package's, too, and of how many
+    `num_tokens`.
+    """
+
+    head: Head | None = None
+    num_tokens = 0
 
     def __init__(self, layers: list[Layer], norm: nn.Module, workspace: Workspace):
         self.layers = layers
         self.norm = norm
         self.workspace = workspace
+        self._last_norm = _norm(norm)
         self.num_loops = dict.fromkeys(("qkv", "output", "gate_up", "down"), 1)  # of a program
         self.overlaps = False  # whether kernels start while those before still run
 
     def __call__(self, stream: torch.Tensor, rows: Rows) -> torch.Tensor:
         """`stream [1, hidden_size]` to `[1, hidden_size]`; its keys and values go into the cache."""
+        return self.norm(self.through(stream, rows))
+
+    @property
+    def num_bytes(self) -> int:
+        """What it keeps beside the model's weights."""
+        return self.head.num_bytes if self.head is not None and self.head.scales is not None else 0
+
+    def next_token(self, stream: torch.Tensor, rows: Rows) -> NextTokens:
+        """The same, and on to the token that follows."""
+        return self.choose(self.through(stream, rows))
+
+    def choose(self, stream: torch.Tensor) -> NextTokens:
+        """By the head, of what the last layer gives."""
+        assert self.head is not None
+        return NextTokens(*launch_greedy_head(stream, self.head, self.num_tokens, self.workspace, self._last_norm))
+
+    def through(self, stream: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """What the last layer gives."""
         for layer in self.layers:
             stream = self.layer(layer, stream, rows)
-        return self.norm(stream)
+        return stream
 
     def layer(self, layer: Layer, stream: torch.Tensor, rows: Rows) -> torch.Tensor:
         """The sum of what was before a layer and what it adds."""
@@ -189,6 +223,20 @@ def one_token_step(model: VLLMDraftModel) -> OneTokenStep | None:
         step.tune(lambda run: _seconds(_recorded(run)[0]))
         if current_platform.is_cuda() and current_platform.has_device_capability(90):
             step.overlaps = _overlapping_pays(step, model)
+        has_eight_bits = current_platform.is_cuda() and current_platform.has_device_capability(89)
+        try:
+            _choose_head(step, model, has_eight_bits, lambda run: _seconds(_recorded(run)[0]))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the layers go on
+            step.head = None
+            logger.warning("lvspec: this package's kernel of a head can't be used: %r", error)
+        logger.info_once(
+            "lvspec: this package's kernels for a drafted token: programs loop %s, kernels %s, the head is %s.",
+            ", ".join(f"{num} x ({name})" for name, num in step.num_loops.items()),
+            "overlap" if step.overlaps else "run one after another",
+            "vLLM's" if step.head is None else f"in {str(step.head.weight.dtype).removeprefix('torch.')}",
+        )
         return step
     except torch.OutOfMemoryError:
         raise
@@ -266,6 +314,76 @@ def _overlapping_pays(step: OneTokenStep, model: VLLMDraftModel) -> bool:
             taken.append(_seconds(graph))
             found.append(out.clone())
     return torch.equal(*found) and taken[1] < taken[0]
+
+
+def _head(model: VLLMDraftModel) -> Head | None:
+    """The model's, where what it does is a product and no more."""
+    language_model = model.model.get_language_model()
+    head: Any = getattr(language_model, "lm_head", None)
+    processor: Any = getattr(language_model, "logits_processor", None)
+    if type(processor) is not LogitsProcessor or processor.soft_cap is not None or processor.scale != 1:
+        return None
+    if processor.logits_as_input or processor.head_dtype not in (None, torch.bfloat16):
+        return None
+    if type(getattr(head, "quant_method", None)) is not UnquantizedEmbeddingMethod or head.bias is not None:
+        return None
+    weight = head.weight.data
+    if weight.dtype != torch.bfloat16 or not weight.is_contiguous() or _norm(language_model.model.norm) is None:
+        return None
+    return Head(weight)
+
+
+@torch.inference_mode()
+def _choose_head(
+    step: OneTokenStep, model: VLLMDraftModel, has_eight_bits: bool, seconds: Callable[[Callable[[], Any]], float]
+) -> None:
+    """vLLM's, this package's, or this one in eight bits: whichever takes least, by `seconds`, of those that choose what
+    vLLM's does, or what that has hardly less for. One in eight bits is kept beside the one there is."""
+    plain = _head(model)
+    if plain is None:
+        return
+    heads = [plain]
+    if has_eight_bits:
+        try:
+            heads.append(in_eight_bits(plain))
+        except torch.OutOfMemoryError:
+            logger.warning("lvspec: no memory for the drafter's head in eight bits; it is read in sixteen.")
+    step.num_tokens = model.shared_vocab_size
+    batch, streams = model.decode_batch(1, min(1024, model.longest_context)), []
+    with model.forward_context(batch, model.metadata(batch)):
+        for token_id in range(_TRIAL_ENDS):  # that a text may end with
+            embeds = model.model.embed_input_ids(torch.full_like(batch.token_ids, token_id))
+            streams.append(step.through(embeds, rows_of(batch)))
+
+        def by_vllm(stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = model.model.compute_logits(step.norm(stream))[:, : step.num_tokens]
+            return logits, logits.max(dim=-1).indices
+
+        logits = torch.cat([by_vllm(stream)[0] for stream in streams]).float()
+        best, least = None, seconds(functools.partial(by_vllm, streams[0]))
+        for step.head in heads:
+            kind = str(step.head.weight.dtype).removeprefix("torch.")
+            try:
+                why = _choosing_otherwise(step, streams, logits)
+                if why is not None:
+                    logger.warning("lvspec: this package's head in %s rests, because %s.", kind, why)
+                elif (taken := seconds(functools.partial(step.choose, streams[0]))) < least:
+                    best, least = step.head, taken
+            except Exception as error:  # whatever a device or a compiler can't do, or has no memory for
+                logger.warning("lvspec: this package's head in %s can't be used: %r", kind, error)
+        step.head = best
+
+
+def _choosing_otherwise(step: OneTokenStep, streams: list[torch.Tensor], logits: torch.Tensor) -> str | None:
+    """What the head does that the `logits` of vLLM's, [num_streams, num_tokens], would not."""
+    for stream, own in zip(streams, logits, strict=True):
+        token_ids, probs = step.choose(stream)
+        assert probs is not None
+        missing = float((own.max() - own[token_ids]) / own.std())
+        apart = float((own.log_softmax(-1)[token_ids] - probs.log()).abs())
+        if not (missing <= _HEAD_TOLERANCE and apart <= _LOG_TOLERANCE):  # no number is not, either
+            return f"a token that it chooses has {missing:.3g} deviations less, or a probability {apart:.3g} off"
+    return None
 
 
 def _recorded(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
