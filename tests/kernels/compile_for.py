@@ -270,6 +270,7 @@ KERNELS = {
                 "norm_ptr": "*bf16",
                 "weight_ptr": f"*{weights}",
                 "scales_ptr": "*fp32",
+                "exact_ptr": "*bf16",
                 "token_ptr": "*i64",
                 "prob_ptr": "*fp32",
                 "parts_ptr": "*fp32",
@@ -281,8 +282,10 @@ KERNELS = {
                 "HAS_SCALES": "constexpr",
                 "BLOCK_V": "constexpr",
                 "BLOCK_H": "constexpr",
+                "EXACT_H": "constexpr",
                 "BLOCK_P": "constexpr",
                 "NUM_STAGES": "constexpr",
+                "NUM_CANDIDATES": "constexpr",
             },
             constexprs={
                 "WIDTH": 3584,
@@ -290,8 +293,10 @@ KERNELS = {
                 "HAS_SCALES": weights != "bf16",
                 "BLOCK_V": 32,
                 "BLOCK_H": 256,
+                "EXACT_H": 512,
                 "BLOCK_P": 1024,
                 "NUM_STAGES": 3,
+                "NUM_CANDIDATES": 4,
             },
         )
         for weights in ("bf16", "fp8e4nv")
@@ -417,10 +422,10 @@ def waits_behind_its_weights(ptx: str) -> None:
 
 
 def reads_ahead(ttgir: str) -> None:
-    """What a loop multiplies was asked for two loops before, and is nowhere laid out anew."""
-    loop = ttgir[ttgir.index("scf.for") :]
-    assert "ttg.async_wait" in loop and ttgir.count("ttg.async_copy_global_to_local") == 9, ttgir
-    assert "ttg.convert_layout" not in loop.partition("scf.yield")[0], ttgir
+    """What the loop multiplies was asked for two loops before, and is nowhere laid out anew."""
+    before, loop, _ = re.split(r"scf\.for|scf\.yield", ttgir, maxsplit=2)
+    assert before.count("ttg.async_copy_global_to_local") == 2 * loop.count("ttg.async_copy_global_to_local") == 6
+    assert "ttg.async_wait" in loop and "ttg.convert_layout" not in loop, ttgir
 
 
 def waits_before_it_reads(ptx: str) -> None:

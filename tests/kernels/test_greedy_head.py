@@ -19,7 +19,7 @@ def same(x, head: Head, num_tokens: int, norm: Norm | None, workspace: Workspace
         found, found_probs = launch_greedy_head(x, head, num_tokens, workspace, norm)
         assert found.dtype == torch.int64 and found.shape == found_probs.shape == (1,)
         assert torch.equal(found, wanted)
-        assert torch.allclose(found_probs, probs, rtol=1e-4)
+        assert torch.allclose(found_probs, probs, rtol=1e-3)
         assert not workspace.arrived.any()
 
 
@@ -62,13 +62,33 @@ def test_logits_far_from_nothing_are_compared_all_the_same(device):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_what_is_no_number_is_a_token_all_the_same(device):
+def test_what_is_no_number_is_a_token_all_the_same(device, has_e4m3):
     x, head, _ = case(70, 32, torch.float32, device)
     for rows in (slice(None), slice(0, 40), slice(69, 70)):
         broken = Head(head.weight.clone())
         broken.weight[rows] = float("nan")
-        found, _ = launch_greedy_head(x, broken, 70, Workspace(device))
-        assert 0 <= found.item() < 70
+        for each in (broken, in_eight_bits(broken))[: 1 + has_e4m3]:
+            found, _ = launch_greedy_head(x, each, 70, Workspace(device))
+            assert 0 <= found.item() < 70
+
+
+def test_what_eight_bits_leave_out_decides_between_the_best(device, has_e4m3):
+    """Of four tokens that are nearly alike, each of another program's."""
+    if not has_e4m3:
+        pytest.skip("its kernels can't read e4m3")
+    num_wrong = 0
+    for seed in range(20):
+        x, head, _ = case(200, 64, torch.float32, device, seed=seed)
+        places = torch.tensor([3, 40, 77, 199], device=device)
+        generator = torch.Generator().manual_seed(seed)
+        head.weight[places] = x + 0.05 * torch.randn(4, 64, generator=generator).to(device)
+        rounded = in_eight_bits(head)
+        wanted, _ = greedy_head_reference(x, head, 200)
+        found, _ = launch_greedy_head(x, rounded, 200, Workspace(device))
+        assert torch.equal(found, wanted)
+        num_wrong += int((x @ (rounded.weight.float() * rounded.scales[:, None]).T).argmax() != wanted)
+        same(x, rounded, 200, None, Workspace(device))
+    assert num_wrong > 5
 
 
 def test_eight_bits_hold_what_e4m3_has(device, monkeypatch):
