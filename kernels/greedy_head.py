@@ -135,20 +135,29 @@ def _greedy_head_kernel(
     if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == num_programs - 1:
         bests, totals, winners = _bests(parts_ptr, num_programs, BLOCK_P)
         best = tl.max(bests, 0)
-        prob = 1.0 / tl.sum(totals * tl.exp(bests - best), 0)
+        total = tl.sum(totals * tl.exp(bests - best), 0)
+        prob = 1.0 / total
         winner = _first_of(winners, bests, best)
         if HAS_SCALES:
             rank = tl.arange(0, NUM_CANDIDATES)
             candidates = tl.zeros((NUM_CANDIDATES,), tl.int32)
+            rated = tl.full((NUM_CANDIDATES,), _LOWEST, tl.float32)
             for i in tl.static_range(NUM_CANDIDATES):
-                candidate = _first_of(winners, bests, tl.max(bests, 0))
+                highest = tl.max(bests, 0)
+                candidate = _first_of(winners, bests, highest)
                 bests = tl.where(winners == candidate, _LOWEST, bests)
                 candidates = tl.where(rank == i, tl.minimum(candidate, num_tokens - 1), candidates)
+                rated = tl.where(rank == i, highest, rated)
             exact_row = exact_ptr + candidates.to(tl.int64) * WIDTH
             exact = _logits(exact_row, x_ptr, norm_ptr, eps, WIDTH, HAS_NORM, NUM_CANDIDATES, EXACT_H, NUM_STAGES)
             highest = tl.max(exact, 0)
             winner = _first_of(candidates, exact, highest)
-            prob = tl.minimum(prob * tl.exp(highest - best), 1.0)
+            # Where there are fewer programs than candidates, one of these is several.
+            is_one = rated > _LOWEST
+            # Where all others have next to nothing, rounding may leave them less than that.
+            total -= tl.sum(tl.where(is_one, tl.exp(rated - best), 0.0), 0)
+            others = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL) * tl.exp(best - highest)
+            prob = 1.0 / (others + tl.sum(tl.where(is_one, tl.exp(exact - highest), 0.0), 0))
         # What is no number must not become a token that an embedding does not have.
         tl.store(token_ptr, tl.minimum(winner, num_tokens - 1).to(tl.int64))
         tl.store(prob_ptr, prob)
@@ -163,6 +172,10 @@ class Head:
     weight: torch.Tensor
     scales: torch.Tensor | None = None
     exact: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.scales is None) != (self.exact is None):
+            raise ValueError("a head has scales and what it was made of, or neither")
 
     @property
     def num_bytes(self) -> int:
@@ -195,7 +208,6 @@ def greedy_head_reference(
         token_ids = (logits == logits.max()).int().argmax(dim=-1)  # the first of equal ones
         return token_ids, logits.softmax(-1)[:, token_ids[0]]
     logits = logits * head.scales[:num_tokens]
-    # Of programs that are looked at in one place there is one candidate.
     candidates: dict[int, int] = {}
     for token in logits[0].argsort(descending=True, stable=True).tolist():
         candidates.setdefault(token // _BLOCK_V % _BLOCK_P, token)
@@ -203,22 +215,23 @@ def greedy_head_reference(
             break
     token_ids = torch.tensor(sorted(candidates.values()), device=x.device)
     exact = (values @ head.exact[token_ids].float().T)[0]
-    best = exact.max()
-    return token_ids[exact == best][:1], (best - logits.logsumexp(-1)).exp().clamp(max=1)
+    logits[0, token_ids] = exact
+    winner = token_ids[exact == exact.max()][:1]
+    return winner, logits.softmax(-1)[0, winner]
 
 
 def _block(width: int, most: int) -> int:
     """A power of two up to `most` that divides the width; 128 where it has no such, and loads are slower."""
-    return next((size for size in (1024, 512, 256, 128, 64) if size <= most and width % size == 0), 128)
+    return next((size for size in (512, 256, 128, 64) if size <= most and width % size == 0), 128)
 
 
 def launch_greedy_head(
     x: torch.Tensor, head: Head, num_tokens: int, workspace: Workspace, norm: Norm | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of `x [1, width]` the most likely of the first `num_tokens` tokens and its probability, by the Triton kernel:
-    `[1]` int64 and `[1]` float32. `norm`: of `x` before it is multiplied. By a head in e4m3 the few that are most
-    likely compete once more, by what it was made of. Raises ValueError for another `x`, and for more tokens than there
-    are."""
+    `[1]` int64 and `[1]` float32. `norm`: of `x` before it is multiplied. By a head in e4m3 four of the most likely
+    compete once more, by what it was made of: of 32 tokens that follow one another, and of as many as are 32,768 apart
+    from these, at most one. Raises ValueError for another `x`, and for more tokens than there are."""
     width = head.weight.shape[1]
     if x.shape != (1, width) or not 0 < num_tokens <= len(head.weight):
         raise ValueError(
@@ -246,7 +259,7 @@ def launch_greedy_head(
         HAS_SCALES=head.scales is not None,
         BLOCK_V=_BLOCK_V,
         BLOCK_H=_block(width, 256),
-        EXACT_H=_block(width, 1024),
+        EXACT_H=_block(width, 512),
         BLOCK_P=_BLOCK_P,
         NUM_STAGES=_NUM_STAGES,
         NUM_CANDIDATES=_NUM_CANDIDATES,

@@ -121,13 +121,13 @@ def test_a_batch_stays_in_the_inputs_and_moves_on_there(model):
     before = [values.clone() for values in own]
     rows = np.arange(4)
     with torch.inference_mode():
-        for stays in (rows, rows, rows[:2], rows[:2], rows[1:2], rows[:1]):
+        for stays in (rows, rows, rows[:3], rows[:3], rows[1:3], rows[:2], rows[1:2], rows[:1]):
             apart, there = apart.rows(stays), there.rows(stays)
             apart.token_ids = torch.randint(0, 1000, (len(stays),), generator=generator)
             there.token_ids = apart.token_ids.clone()
             wanted = model.run(apart, model.metadata(apart))
             assert torch.allclose(graphs.run(there), wanted, atol=1e-5)
-            inputs = graphs._inputs[len(stays), 1]
+            inputs = graphs._inputs[len(stays) + (len(stays) == 3), 1]
             for name in ("positions", "slots", "seq_lens", "block_table"):
                 assert getattr(there, name).data_ptr() == getattr(inputs, name).data_ptr()
             for batch in (apart, there):

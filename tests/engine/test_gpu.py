@@ -220,7 +220,7 @@ def test_a_token_through_this_packages_layers_is_what_it_is_through_vllms():
         prompt.token_ids = torch.arange(700, device="cuda")
         model.run(prompt, model.metadata(prompt))
         wanted = model.run(batch, model.metadata(batch)).float()
-        logits = model.model.compute_logits(wanted.to(torch.bfloat16))[0].float()
+        logits = model.model.compute_logits(wanted.to(torch.bfloat16))[0, : model.shared_vocab_size].float()
         model.one_token = step
         metadata, found = model.metadata(batch, is_recorded=True), []
         for step.overlaps in (False, True) if torch.cuda.get_device_capability()[0] >= 9 else (False,):
@@ -236,8 +236,9 @@ def test_a_token_through_this_packages_layers_is_what_it_is_through_vllms():
             graph, (token_ids, probs) = _recorded(lambda: model.run_far(batch, metadata))
             for _ in range(20):
                 graph.replay()
+            assert all(map(torch.equal, (token_ids, probs), model.run_far(batch, metadata)))
             assert logits.max() - logits[token_ids] <= 0.25 * logits.std()
-            assert abs(probs / logits.softmax(-1)[token_ids] - 1) < 0.5
+            assert abs(probs / logits.softmax(-1)[token_ids] - 1) < 0.2
 
 
 def test_the_device_is_not_waited_for_while_it_drafts():

@@ -129,15 +129,18 @@ def test_a_token_is_what_it_is_by_vllms_layers(family, drafter):
 
 
 class Stale(Replays):
-    """Whose replays choose once and for all, with probabilities of their own."""
+    """Whose replays leave the tokens, or the probabilities, that were there when they were recorded."""
+
+    stale: int
 
     def _replay(self, batch: Any, metadata: Any) -> Any:
-        _, (token_ids, probs) = super()._replay(batch, metadata)
+        _, found = super()._replay(batch, metadata)
 
         def replay() -> None:
-            token_ids.copy_(self._model.run_far(batch, None).token_ids)
+            new = self._model.run_far(batch, None)
+            found[1 - self.stale].copy_(new[1 - self.stale])
 
-        return replay, NextTokens(token_ids, probs + 1e-6)
+        return replay, found
 
 
 @torch.inference_mode()
@@ -170,7 +173,9 @@ def test_tokens_follow_one_another_from_recorded_steps(drafter, monkeypatch):
         monkeypatch.setattr(model, "metadata", lambda batch, **how: planned.append(batch) or metadata(batch, **how))
         assert chain() == wanted and len(set(wanted)) > 2
         assert graphs.num_rows == 6 * [(1, 1)] and len(planned) == 6  # by these replays, not by the graphs
-        assert not Stale(model, sizes=(1,), most_tokens=1, whole_chains=False).record()
+        for Stale.stale in (0, 1):
+            stale = Stale(model, sizes=(1,), most_tokens=1, whole_chains=False)
+            assert not stale.record() and stale._different == [(1, 1)]
     finally:
         del model.one_token
 

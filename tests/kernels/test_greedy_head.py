@@ -68,8 +68,8 @@ def test_what_is_no_number_is_a_token_all_the_same(device, has_e4m3):
         broken = Head(head.weight.clone())
         broken.weight[rows] = float("nan")
         for each in (broken, in_eight_bits(broken))[: 1 + has_e4m3]:
-            found, _ = launch_greedy_head(x, each, 70, Workspace(device))
-            assert 0 <= found.item() < 70
+            found, prob = launch_greedy_head(x, each, 70, Workspace(device))
+            assert 0 <= found.item() < 70 and (rows != slice(None) or prob.isnan())
 
 
 def test_what_eight_bits_leave_out_decides_between_the_best(device, has_e4m3):
@@ -91,6 +91,26 @@ def test_what_eight_bits_leave_out_decides_between_the_best(device, has_e4m3):
     assert num_wrong > 5
 
 
+@pytest.mark.parametrize("block", [2, 4])
+def test_where_more_programs_are_looked_at_in_one_place(block, device, has_e4m3, monkeypatch):
+    monkeypatch.setattr(greedy_head, "_BLOCK_P", block)
+    for seed in range(8):
+        x, head, norm = case(300, 32, torch.float32, device, seed=seed)
+        for each in (head, in_eight_bits(head))[: 1 + has_e4m3]:
+            same(x, each, 300, norm, Workspace(device))
+
+
+def test_who_is_sure_is_as_sure_in_eight_bits(device, has_e4m3):
+    if not has_e4m3:
+        pytest.skip("its kernels can't read e4m3")
+    for seed in range(20):
+        x, head, _ = case(500, 64, torch.float32, device, seed=seed)
+        head.weight[50] = x[0] * (12 / x.square().sum())
+        _, wanted = greedy_head_reference(x, head, 500)
+        _, prob = launch_greedy_head(x, in_eight_bits(head), 500, Workspace(device))
+        assert wanted > 0.5 and abs(prob - wanted) < 0.02
+
+
 def test_eight_bits_hold_what_e4m3_has(device, monkeypatch):
     monkeypatch.setattr(greedy_head, "_ROWS_AT_ONCE", 3)
     _, head, _ = case(10, 64, torch.float32, device)
@@ -110,3 +130,5 @@ def test_what_does_not_fit_is_refused():
     for wrong in ((x[:, :16], 10), (x.repeat(2, 1), 10), (x, 11), (x, 0)):
         with pytest.raises(ValueError, match="must be a row of 32, and 1 to 10 tokens"):
             launch_greedy_head(wrong[0], head, wrong[1], Workspace(torch.device("cpu")))
+    with pytest.raises(ValueError, match="what it was made of, or neither"):
+        Head(head.weight, torch.ones(10))

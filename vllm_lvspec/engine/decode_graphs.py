@@ -283,7 +283,8 @@ class DecodeGraphs:
         """The batch's last hidden states `[num_tokens, hidden_size]`, or next tokens, to be read before the next ones
         are asked for.
 
-        None for batches that no graph is for: of too many requests, of different or too many tokens, or no text.
+        None for batches that no graph is for: of too many requests, of different or too many tokens, or no text. A
+        batch of single tokens is the graph's inputs from then on.
         """
         num_requests, num_tokens, tokens = len(batch.seq_lens), len(batch.token_ids), batch.max_query_len
         sizes = self._sizes.get(tokens)

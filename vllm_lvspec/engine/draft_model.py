@@ -210,12 +210,13 @@ class VLLMDraftModel:
         return embeddings.flatten(0, -2)
 
     def forward(self, batch: DraftBatch, with_probs: bool = False) -> NextTokens:
-        hidden = None if self.graphs is None else self.graphs.run(batch)
-        if hidden is None:
-            hidden = self.run_far(batch, None if self.takes_own_layers(batch) else self.metadata(batch))
-        if isinstance(hidden, NextTokens):  # which the next ones may overwrite
-            assert hidden.probs is not None
-            return NextTokens(hidden.token_ids.clone(), hidden.probs.clone() if with_probs else None)
+        found = None if self.graphs is None else self.graphs.run(batch)
+        if found is None:
+            found = self.run_far(batch, None if self.takes_own_layers(batch) else self.metadata(batch))
+        if isinstance(found, NextTokens):  # which the next ones may overwrite
+            assert found.probs is not None
+            return NextTokens(found.token_ids.clone(), found.probs.clone() if with_probs else None)
+        hidden = found
         if batch.max_query_len > 1 and not batch.asks_all:
             hidden = hidden[(batch.query_starts[1:] - 1).long()]
         if self._split_head is not None and not with_probs:

@@ -338,7 +338,8 @@ def _choose_head(
     step: OneTokenStep, model: VLLMDraftModel, has_eight_bits: bool, seconds: Callable[[Callable[[], Any]], float]
 ) -> None:
     """vLLM's, this package's, or this one in eight bits: whichever takes least, by `seconds`, of those that choose what
-    vLLM's does, or what that has hardly less for. One in eight bits is kept beside the one there is."""
+    vLLM's does, or what that has hardly less for. One in eight bits is kept beside the one there is, whose weights must
+    stay as they are."""
     plain = _head(model)
     if plain is None:
         return
