@@ -20,7 +20,7 @@ from vllm_lvspec.kernels.advance_decode import advance_decode_reference, launch_
 from vllm_lvspec.kernels.attention_mass import attention_mass_reference, gather_keys, launch_attention_mass
 from vllm_lvspec.kernels.copy_slots import PagedCaches, copy_slots_reference, launch_copy_slots
 from vllm_lvspec.kernels.decode_attention import Heads, Rows, decode_attention_reference, launch_decode_attention
-from vllm_lvspec.kernels.greedy_head import Head, greedy_head_reference, in_eight_bits, launch_greedy_head
+from vllm_lvspec.kernels.greedy_head import Head, greedy_head_reference, in_eight_bits, launch_greedy_head, reads_e4m3
 from vllm_lvspec.kernels.mxfp4_matvec import Matrix, launch_mxfp4_matvec, mxfp4_matvec_reference
 from vllm_lvspec.kernels.relevance import (
     VisualPages,
@@ -213,8 +213,7 @@ def cases(device: torch.device) -> list[Case]:
     matrices = [(3584, 4608), (3584, 37888), (18944, 3584)] if large else [(256, 512)]
     tokens = [(1, 1300, 28, 4), (1, 1300, 16, 2), (8, 1300, 28, 4)] if large else [(1, 65, 14, 2)]
     heads = [(VOCABULARY, 3584), (VOCABULARY, 2048)] if large else [(1500, 128)]
-    # e4m3 is there from sm_89 on; references are in PyTorch, which has it everywhere.
-    has_eight = not large or (torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 9))
+    widths = (False, True) if reads_e4m3(device) else (False,)
     return [
         *(relevance_case(n, 10, visual, 3584, device) for n, visual in videos),
         *(acceptance_case(n, 10, device) for n in (1, 32, 256)),
@@ -223,7 +222,7 @@ def cases(device: torch.device) -> list[Case]:
         *(copy_slots_case(*sizes, device) for sizes in copies),
         *(mxfp4_matvec_case(*sizes, device) for sizes in matrices),
         *(decode_attention_case(*sizes, device) for sizes in tokens),
-        *(greedy_head_case(*sizes, in_eight, device) for sizes in heads for in_eight in (False, True)[: 1 + has_eight]),
+        *(greedy_head_case(*sizes, in_eight, device) for sizes in heads for in_eight in widths),
         silu_and_mul_case(1, 18944, device),
     ]
 

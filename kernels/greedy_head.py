@@ -20,10 +20,10 @@ from .shared import Norm, Workspace
 
 _LARGEST = 448.0  # that e4m3 has
 _ROWS_AT_ONCE = 4096  # whose values are there in float32 while a head is rounded
-_BLOCK_V = 32
-_BLOCK_P = 1024
-_NUM_STAGES = 3
-_NUM_CANDIDATES = 4
+_BLOCK_V = 32  # tokens of a program
+_BLOCK_P = 1024  # programs whose best are looked at together
+_NUM_STAGES = 3  # of loads on their way
+_NUM_CANDIDATES = 4  # that compete once more
 _LOWEST = tl.constexpr(-3.0e38)
 _NO_TOKEN = tl.constexpr(2**31 - 1)
 
@@ -181,6 +181,13 @@ class Head:
     def num_bytes(self) -> int:
         """Without what it was made of."""
         return self.weight.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+
+def reads_e4m3(device: torch.device) -> bool:
+    """Whether kernels there can read numbers in e4m3: NVIDIA's from sm_89 on, and in the interpreter."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def in_eight_bits(head: Head) -> Head:

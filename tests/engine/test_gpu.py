@@ -28,7 +28,7 @@ from vllm_lvspec.bench.samples import videofacts
 from vllm_lvspec.engine.few_rows import OneRowLinear, give_few_rows
 from vllm_lvspec.engine.one_token import _head, _recorded, one_token_step
 from vllm_lvspec.engine.placeholders import PADDING_TOKEN_ID
-from vllm_lvspec.kernels.greedy_head import in_eight_bits
+from vllm_lvspec.kernels.greedy_head import in_eight_bits, reads_e4m3
 from vllm_lvspec.reference import PAIRS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA or AMD GPU")
@@ -232,7 +232,7 @@ def test_a_token_through_this_packages_layers_is_what_it_is_through_vllms():
         assert (found[0].float() - wanted).norm() <= 0.02 * wanted.norm()
         plain = _head(model)
         assert plain is not None
-        for step.head in (plain, in_eight_bits(plain)) if torch.cuda.get_device_capability() >= (8, 9) else (plain,):
+        for step.head in (plain, in_eight_bits(plain)) if reads_e4m3(model.device) else (plain,):
             graph, (token_ids, probs) = _recorded(lambda: model.run_far(batch, metadata))
             for _ in range(20):
                 graph.replay()

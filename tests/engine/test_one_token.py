@@ -365,6 +365,7 @@ def test_what_a_device_cannot_do_ends_no_start(monkeypatch):
     monkeypatch.setattr(one_token, "Workspace", lambda device: None)
     monkeypatch.setattr(one_token.current_platform, "is_cuda", lambda: False)
     monkeypatch.setattr(OneTokenStep, "tune", lambda self, seconds: None)
+    monkeypatch.setattr(one_token, "reads_e4m3", lambda device: False)
     monkeypatch.setattr(one_token, "_choose_head", lambda *args: None)
     decoder = SimpleNamespace(layers=[], norm=None)
     language_model = SimpleNamespace(get_language_model=lambda: SimpleNamespace(model=decoder))

@@ -4,6 +4,8 @@ import pytest
 import torch
 from interpreted import interpret
 
+from vllm_lvspec.kernels.greedy_head import reads_e4m3
+
 
 @pytest.fixture(autouse=True)
 def _interpret_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,5 +20,4 @@ def device() -> torch.device:
 
 @pytest.fixture
 def has_e4m3(device: torch.device) -> bool:
-    """Whether kernels on it can read numbers in e4m3."""
-    return device.type == "cpu" or (torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 9))
+    return reads_e4m3(device)

@@ -29,7 +29,7 @@ from vllm_lvspec.draft.drafter import NextTokens
 from vllm_lvspec.engine.few_rows import FewRowsSiluAndMul, OneRowLinear
 from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
 from vllm_lvspec.kernels.decode_attention import Heads, Rows, launch_decode_attention
-from vllm_lvspec.kernels.greedy_head import Head, in_eight_bits, launch_greedy_head
+from vllm_lvspec.kernels.greedy_head import Head, in_eight_bits, launch_greedy_head, reads_e4m3
 from vllm_lvspec.kernels.mxfp4_matvec import GROUP, TILE, Matrix, launch_mxfp4_matvec
 from vllm_lvspec.kernels.shared import Norm, Workspace
 
@@ -223,9 +223,8 @@ def one_token_step(model: VLLMDraftModel) -> OneTokenStep | None:
         step.tune(lambda run: _seconds(_recorded(run)[0]))
         if current_platform.is_cuda() and current_platform.has_device_capability(90):
             step.overlaps = _overlapping_pays(step, model)
-        has_eight_bits = current_platform.is_cuda() and current_platform.has_device_capability(89)
         try:
-            _choose_head(step, model, has_eight_bits, lambda run: _seconds(_recorded(run)[0]))
+            _choose_head(step, model, reads_e4m3(model.device), lambda run: _seconds(_recorded(run)[0]))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the layers go on
