@@ -1,14 +1,16 @@
 """Time every kernel beside its PyTorch reference: `python -m vllm_lvspec.kernels.benchmark`.
 
-Prints the bytes a kernel must move over the time it takes, as a share of what a plain copy reaches on the same device.
-Where no GPU is, the references alone are timed.
+Prints the bytes a kernel must move over the time it takes, as a share of what a plain copy reaches on the same device;
+in the end of a token through all layers of decoders in four bits, in a CUDA graph, as a drafter's tokens go. Where no
+GPU is, the references alone are timed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,7 +23,7 @@ from vllm_lvspec.kernels.attention_mass import attention_mass_reference, gather_
 from vllm_lvspec.kernels.copy_slots import PagedCaches, copy_slots_reference, launch_copy_slots
 from vllm_lvspec.kernels.decode_attention import Heads, Rows, decode_attention_reference, launch_decode_attention
 from vllm_lvspec.kernels.greedy_head import Head, greedy_head_reference, in_eight_bits, launch_greedy_head, reads_e4m3
-from vllm_lvspec.kernels.mxfp4_matvec import Matrix, launch_mxfp4_matvec, mxfp4_matvec_reference
+from vllm_lvspec.kernels.mxfp4_matvec import Matrix, launch_mxfp4_matvec, launch_shrink, mxfp4_matvec_reference
 from vllm_lvspec.kernels.relevance import (
     VisualPages,
     launch_mean_of_top,
@@ -31,6 +33,7 @@ from vllm_lvspec.kernels.relevance import (
 )
 from vllm_lvspec.kernels.shared import Norm, Workspace
 from vllm_lvspec.kernels.silu_and_mul import launch_silu_and_mul, silu_and_mul_reference
+from vllm_lvspec.kernels.token_layers import Layer, TokenLayers, token_layers_reference
 
 COPY_BYTES = 2**28
 VOCABULARY = 152064
@@ -44,6 +47,7 @@ class Case:
     launch: Callable[[], object]
     reference: Callable[[], object]
     num_bytes: int
+    in_graph: bool = False  # whether the launches are timed as a CUDA graph, which knows no host
 
 
 def relevance_case(num_requests: int, num_drafted: int, num_visual: int, width: int, device: torch.device) -> Case:
@@ -141,12 +145,20 @@ def copy_slots_case(num_tokens: int, num_layers: int, device: torch.device) -> C
     )
 
 
-def mxfp4_matvec_case(height: int, width: int, device: torch.device) -> Case:
-    matrix = Matrix(
+def mxfp4_matrix(height: int, width: int, device: torch.device) -> Matrix:
+    return Matrix(
         torch.randint(-(2**31), 2**31 - 1, (height // 16, 2 * width), device=device, dtype=torch.int32),
-        torch.randint(118, 125, (height // 32, width), device=device).to(torch.uint8),
+        torch.randint(116, 121, (height // 32, width), device=device).to(torch.uint8),
     )
-    x, workspace = torch.randn(1, height, device=device).bfloat16(), Workspace(device)
+
+
+def random_norm(width: int, device: torch.device) -> Norm:
+    return Norm((0.5 + torch.rand(width, device=device)).bfloat16(), 1e-6)
+
+
+def mxfp4_matvec_case(height: int, width: int, device: torch.device) -> Case:
+    matrix, workspace = mxfp4_matrix(height, width, device), Workspace(device)
+    x = launch_shrink(torch.randn(1, height, device=device).bfloat16(), random_norm(height, device))
     return Case(
         f"mxfp4_matvec, {height} x {width}",
         lambda: launch_mxfp4_matvec(x, matrix, workspace),
@@ -155,16 +167,29 @@ def mxfp4_matvec_case(height: int, width: int, device: torch.device) -> Case:
     )
 
 
-def decode_attention_case(num_rows: int, context: int, num_heads: int, num_kv_heads: int, device: torch.device) -> Case:
+class Cached(NamedTuple):
+    """Rows of one more token each than `caches` have."""
+
+    heads: Heads
+    cos_sin: torch.Tensor
+    caches: list[torch.Tensor]
+    rows: Rows
+
+    @property
+    def num_bytes(self) -> int:
+        num_rows, (length, size) = len(self.rows.slots), self.cos_sin.shape
+        return num_rows * ((length + 1) * self.heads.num_keys * 2 + self.heads.num_queries * 2) * size * 2
+
+
+def cached(
+    num_rows: int, context: int, num_heads: int, num_kv_heads: int, num_layers: int, device: torch.device
+) -> Cached:
     block_size, size = 16, 128
     blocks = -(-context // block_size)
     shape = num_rows * blocks, block_size, num_kv_heads, 2 * size
-    cache = torch.randn(shape, device=device, dtype=torch.bfloat16).transpose(1, 2)
+    caches = [torch.randn(shape, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(num_layers)]
     table = torch.randperm(num_rows * blocks, device=device).int().view(num_rows, blocks)
-    heads = Heads(num_heads, num_kv_heads, size, size**-0.5)
-    qkv = torch.randn(num_rows, (num_heads + 2 * num_kv_heads) * size, device=device, dtype=torch.bfloat16)
     angles = torch.rand(context, size // 2, device=device) * 6
-    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1).bfloat16()
     place = context - 1
     rows = Rows(
         torch.full((num_rows,), place, device=device),
@@ -172,12 +197,64 @@ def decode_attention_case(num_rows: int, context: int, num_heads: int, num_kv_he
         torch.full((num_rows,), context, device=device, dtype=torch.int32),
         table,
     )
+    heads = Heads(num_heads, num_kv_heads, size, size**-0.5)
+    return Cached(heads, torch.cat([angles.cos(), angles.sin()], dim=-1).bfloat16(), caches, rows)
+
+
+def decode_attention_case(num_rows: int, context: int, num_heads: int, num_kv_heads: int, device: torch.device) -> Case:
+    heads, cos_sin, (cache,), rows = found = cached(num_rows, context, num_heads, num_kv_heads, 1, device)
+    qkv = torch.randn(num_rows, (num_heads + 2 * num_kv_heads) * heads.size, device=device, dtype=torch.bfloat16)
     workspace = Workspace(device)
     return Case(
         f"decode_attention, {num_rows} x {num_heads} queries, {context} x {num_kv_heads} keys",
         lambda: launch_decode_attention(qkv, heads, cos_sin, cache, rows, workspace),
         lambda: decode_attention_reference(qkv, heads, cos_sin, cache, rows),
-        num_rows * ((context + 1) * num_kv_heads * 2 + num_heads * 2) * size * 2,
+        found.num_bytes,
+    )
+
+
+class Shape(NamedTuple):
+    """A text model's."""
+
+    num_layers: int
+    hidden: int
+    inner: int
+    num_heads: int
+    num_kv_heads: int
+
+
+def token_layers_case(name: str, shape: Shape, context: int, overlaps: bool, device: torch.device) -> Case:
+    """Products loop as often as is fastest, as at an engine's start."""
+    heads, cos_sin, caches, rows = found = cached(
+        1, context, shape.num_heads, shape.num_kv_heads, shape.num_layers, device
+    )
+    width = shape.num_heads * heads.size
+    sizes = {
+        "qkv": (shape.hidden, width + 2 * shape.num_kv_heads * heads.size),
+        "output": (width, shape.hidden),
+        "gate_up": (shape.hidden, 2 * shape.inner),
+        "down": (shape.inner, shape.hidden),
+    }
+    norm = random_norm(shape.hidden, device)
+    layers = [
+        Layer(
+            attention_norm=norm, heads=heads, cos_sin=cos_sin, cache=cache, mlp_norm=norm,
+            **{name: mxfp4_matrix(*size, device) for name, size in sizes.items()},
+        )
+        for cache in caches
+    ]  # fmt: skip
+    token = TokenLayers(layers, Workspace(device))
+    token.overlaps = overlaps
+    if device.type == "cuda":
+        token.tune(lambda run: float(triton.testing.do_bench_cudagraph(run, rep=5)) / 1e3)
+    stream = torch.randn(1, shape.hidden, device=device).bfloat16()
+    weights = sum(height * width * 17 // 32 for height, width in sizes.values())
+    return Case(
+        f"token through {shape.num_layers} layers of {name}, {context} before{', overlapping' * overlaps}",
+        lambda: token.through(stream, rows),
+        lambda: token_layers_reference(layers, stream, rows),
+        shape.num_layers * (weights + found.num_bytes),
+        in_graph=True,
     )
 
 
@@ -205,7 +282,8 @@ def silu_and_mul_case(num_rows: int, width: int, device: torch.device) -> Case:
     )
 
 
-def cases(device: torch.device) -> list[Case]:
+def cases(device: torch.device) -> Iterator[Case]:
+    """One at a time, for together they may not fit."""
     large = device.type == "cuda"
     videos = [(1, 12544), (8, 12544), (32, 3136)] if large else [(1, 784), (4, 196)]
     attentions = [(64, 25088, 12544, 40, 8), (64, 25088, 12544, 5, 1)] if large else [(16, 1568, 784, 8, 2)]
@@ -214,23 +292,27 @@ def cases(device: torch.device) -> list[Case]:
     tokens = [(1, 1300, 28, 4), (1, 1300, 16, 2), (8, 1300, 28, 4)] if large else [(1, 65, 14, 2)]
     heads = [(VOCABULARY, 3584), (VOCABULARY, 2048)] if large else [(1500, 128)]
     widths = (False, True) if reads_e4m3(device) else (False,)
-    return [
-        *(relevance_case(n, 10, visual, 3584, device) for n, visual in videos),
-        *(acceptance_case(n, 10, device) for n in (1, 32, 256)),
-        *(advance_decode_case(n, device) for n in (1, 256)),
-        *(attention_mass_case(*sizes, device) for sizes in attentions),
-        *(copy_slots_case(*sizes, device) for sizes in copies),
-        *(mxfp4_matvec_case(*sizes, device) for sizes in matrices),
-        *(decode_attention_case(*sizes, device) for sizes in tokens),
-        *(greedy_head_case(*sizes, in_eight, device) for sizes in heads for in_eight in widths),
-        silu_and_mul_case(1, 18944, device),
-    ]
+    models = {"7B": Shape(28, 3584, 18944, 28, 4), "3B": Shape(36, 2048, 11008, 16, 2)}
+    can_overlap = large and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    yield from (relevance_case(n, 10, visual, 3584, device) for n, visual in videos)
+    yield from (acceptance_case(n, 10, device) for n in (1, 32, 256))
+    yield from (advance_decode_case(n, device) for n in (1, 256))
+    yield from (attention_mass_case(*sizes, device) for sizes in attentions)
+    yield from (copy_slots_case(*sizes, device) for sizes in copies)
+    yield from (mxfp4_matvec_case(*sizes, device) for sizes in matrices)
+    yield from (decode_attention_case(*sizes, device) for sizes in tokens)
+    yield from (greedy_head_case(*sizes, in_eight, device) for sizes in heads for in_eight in widths)
+    yield silu_and_mul_case(1, 18944, device)
+    for name, shape in models.items() if large else {"a small model": Shape(2, 128, 192, 2, 1)}.items():
+        for overlaps in (False, True)[: 1 + can_overlap]:
+            yield token_layers_case(name, shape, 1300 if large else 65, overlaps, device)
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
+def seconds(call: Callable[[], object], device: torch.device, in_graph: bool = False) -> float:
     """Median over repeated calls."""
     if device.type == "cuda":
-        return float(triton.testing.do_bench(call, return_mode="median")) / 1e3
+        bench = triton.testing.do_bench_cudagraph if in_graph else triton.testing.do_bench
+        return float(bench(call, return_mode="median")) / 1e3
     times = []
     for _ in range(6):
         start = time.perf_counter()
@@ -251,7 +333,7 @@ def main() -> None:
     for case in cases(device):
         reference = seconds(case.reference, device)
         if device.type == "cuda":
-            taken = seconds(case.launch, device)
+            taken = seconds(case.launch, device, case.in_graph)
             row = f"{taken * 1e6:.1f}", f"{case.num_bytes / taken / bandwidth:.1%}"
         else:
             row = "–", "–"

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from . import _package  # noqa: F401
-from .shared import Norm, Workspace
+from .shared import Norm, Shrunk, Workspace, shrunk
 
 GROUP = 32  # values of a row that share a scale
 TILE = 64  # columns of a warp
@@ -43,13 +43,6 @@ _HALVES = """shl.b32 t, x{i}, 16;
 and.b32 u, x{i}, 0xFFFF0000;
 mul.f32 t, t, 0f3D800000;
 mul.f32 u, u, 0f3D800000;
-"""
-_NORM = """mov.b32 v, 0;
-@p ld.global.b32 v, [$20+{at}];
-shl.b32 s, v, 16;
-and.b32 v, v, 0xFFFF0000;
-mul.f32 t, t, s;
-mul.f32 u, u, v;
 """
 _JOIN = "cvt.rn.satfinite.f16x2.f32 x{i}, u, t;\n"
 _DECODE = """shl.b32 t, {word}, 4;
@@ -75,34 +68,27 @@ mul.f32 ${to}, c{sum}, s;
 _SCALE_SHIFTS = (("shl.b32", 23), ("shl.b32", 15), ("shl.b32", 7), ("shr.u32", 1))  # by byte, to a float32's exponent
 
 
-def _products(has_norm: bool) -> str:
+def _products(is_shrunk: bool) -> str:
     """Outputs $0 to $3: of columns n of each word, $4 to $7: of columns n + 8, in threads 0, 4, 8 and so on; inputs $8
-    to $15: words of either tile, $16: of the vector ($17 to $19 are the same), where it has a norm $20 likewise: of
-    that, and the last two: scales."""
-    scales_at = 24 if has_norm else 20
-    asm = ".reg .b32 t, u, v, s, x<4>, w<4>;\n.reg .f32 z, c<4>;\n.reg .pred p;\n"
+    to $15: words of either tile, $16: of the vector ($17 to $19 are the same), and the last two: scales."""
+    asm = ".reg .b32 t, u, s, x<4>, w<4>;\n.reg .f32 z, c<4>;\n.reg .pred p;\n"
     asm += "mov.f32 z, 0f00000000;\nsetp.ne.s64 p, $16, 0;\n"
     for i in range(4):
-        asm += "".join(part.format(i=i, at=16 * i) for part in (_LOAD, _HALVES, _NORM if has_norm else "", _JOIN))
+        asm += "".join(part.format(i=i, at=16 * i) for part in ((_LOAD,) if is_shrunk else (_LOAD, _HALVES, _JOIN)))
     for word in range(4):
         for tile, sums in enumerate(("z, z, z, z", "c0, c1, c2, c3")):
             asm += _DECODE.format(word=f"${8 + 4 * tile + word}")
             asm += _MULTIPLY.format(first=2 * tile, second=2 * tile + 1, sums=sums)
         for half in range(2):
             shift, by = _SCALE_SHIFTS[word % 2 + 2 * half]
-            asm += _SCALE.format(shift=shift, by=by, scales=scales_at + word // 2, to=4 * half + word, sum=2 * half)
+            asm += _SCALE.format(shift=shift, by=by, scales=20 + word // 2, to=4 * half + word, sum=2 * half)
     return "{\n" + asm + "}"
 
 
-def _constraints(has_norm: bool) -> str:
-    # An output must not share a register with an input that is read later.
-    return ",".join(["=&r"] * 8 + ["r"] * 8 + ["l"] * (8 if has_norm else 4) + ["r"] * 2)
-
-
-_PRODUCTS = tl.constexpr(_products(has_norm=False))
-_CONSTRAINTS = tl.constexpr(_constraints(has_norm=False))
-_PRODUCTS_OF_NORM = tl.constexpr(_products(has_norm=True))
-_CONSTRAINTS_OF_NORM = tl.constexpr(_constraints(has_norm=True))
+_PRODUCTS = tl.constexpr(_products(is_shrunk=False))
+_PRODUCTS_OF_SHRUNK = tl.constexpr(_products(is_shrunk=True))
+# An output must not share a register with an input that is read later.
+_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8 + ["l"] * 4 + ["r"] * 2))
 
 
 @triton.jit
@@ -114,22 +100,21 @@ def _value(words, NIBBLE: tl.constexpr):
 
 
 @triton.jit
-def _pairs(ptr, mask):
-    """Two bfloat16 values each, the lower ones first."""
+def _pairs(ptr, mask, IS_SHRUNK: tl.constexpr):
+    """Two values each, the lower ones first."""
     values = tl.load(ptr, mask=mask, other=0)
+    if IS_SHRUNK:
+        low, high = values.to(tl.int16).to(tl.float16, bitcast=True), (values >> 16).to(tl.int16)
+        return low.to(tl.float32) * 16, high.to(tl.float16, bitcast=True).to(tl.float32) * 16
     return (values << 16).to(tl.float32, bitcast=True), (values & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _sums(words, x_ptr, norm_ptr, mask, FIRST: tl.constexpr, HAS_NORM: tl.constexpr):
+def _sums(words, x_ptr, mask, FIRST: tl.constexpr, IS_SHRUNK: tl.constexpr):
     """Over what `words` hold of rows 0, 1, 8 and 9 behind `x_ptr`, from nibble `FIRST` on."""
     total = tl.zeros(words.shape, tl.float32)
     for pair in tl.static_range(2):
-        low, high = _pairs(x_ptr + 4 * pair, mask)
-        if HAS_NORM:
-            norm_low, norm_high = _pairs(norm_ptr + 4 * pair, mask)
-            low *= norm_low
-            high *= norm_high
+        low, high = _pairs(x_ptr + 4 * pair, mask, IS_SHRUNK)
         total += _value(words, FIRST + pair) * low + _value(words, FIRST + pair + 4) * high
     return total
 
@@ -155,33 +140,49 @@ def _total(parts_ptr, stride, num_splits, columns, BLOCK_S: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=["num_groups", "num_splits", "num_loops"])
+@triton.jit
+def _sum_of(parts_ptr, num_parts, BLOCK: tl.constexpr):
+    """Of so many numbers."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, num_parts, BLOCK):
+        part = begin + tl.arange(0, BLOCK)
+        total += tl.load(parts_ptr + part, mask=part < num_parts, other=0.0, cache_modifier=".cg")
+    return tl.sum(total)
+
+
+@triton.jit(do_not_specialize=["num_groups", "num_splits", "num_loops", "num_squares"])
 def _mxfp4_matvec_kernel(
-    x_ptr,  # [K / 2] int32: two bfloat16 values each
-    norm_ptr,  # likewise
+    x_ptr,  # [K / 2] int32: two values each
+    squares_ptr,  # [num_squares] float32
     weight_ptr,
     scales_ptr,  # [K / 32, N / 2] int16
     bias_ptr,
     added_ptr,
+    norm_ptr,  # [N]
     out_ptr,
-    parts_ptr,  # [num_splits, N] float32, then where there is a norm [N / 64, num_splits]
+    shrunk_ptr,
+    out_squares_ptr,  # [N / 64] float32
+    parts_ptr,  # [num_splits, N] float32
     arrived_ptr,  # [N / 64] int32: 0, and 0 again in the end
     num_columns,
     num_groups,
     num_splits,
     num_loops,
+    num_squares,
     eps,
     GROUPS: tl.constexpr,  # of a program, in each of its loops
     IS_WHOLE: tl.constexpr,  # whether the last loop has as many
     BLOCK_S: tl.constexpr,  # parts that are added up at once
-    HAS_NORM: tl.constexpr,
+    IS_SHRUNK: tl.constexpr,
+    HAS_SQUARES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_ADDED: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     IS_GATED: tl.constexpr,
     ASM: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """out[n] = sum over k of x[k] weight[k, n] + bias[n], and what else `launch_mxfp4_matvec` says"""
+    """out[n] = sum over k of x[k] weight[k, n] + bias[n], and what else the launching functions say"""
     tile, split = tl.program_id(0), tl.program_id(1)
     num_tiles = tl.num_programs(0)
     word = tl.arange(0, 128)[:, None]
@@ -189,7 +190,6 @@ def _mxfp4_matvec_kernel(
     row_words = 2 * num_columns
     low_sums = tl.zeros((128,), tl.float32)
     high_sums = tl.zeros((128,), tl.float32)
-    squares = 0.0
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()
     begin = split * num_loops * GROUPS
@@ -205,37 +205,23 @@ def _mxfp4_matvec_kernel(
         if OVERLAPS:
             tl.extra.cuda.gdc_wait()
         x_place = x_ptr + group * 16 + thread % 4
-        norm_place = norm_ptr + group * 16 + thread % 4
-        if HAS_NORM:
-            pair = first * 16 + tl.arange(0, GROUPS * 16)
-            even, odd = _pairs(x_ptr + pair, (pair < num_groups * 16) | IS_WHOLE)
-            squares += tl.sum(even * even + odd * odd)
         if ASM:
             # Of the eight vectors that tensor cores take, there is one.
-            is_taken = is_group & (thread < 4)
-            x = tl.where(is_taken, x_place.to(tl.int64), 0)
+            x = tl.where(is_group & (thread < 4), x_place.to(tl.int64), 0)
             # None of it may be done before what is waited for, and of the vector the compiler can't tell.
-            if HAS_NORM:
-                norm = tl.where(is_taken, norm_place.to(tl.int64), 0)
-                low, high = tl.inline_asm_elementwise(
-                    _PRODUCTS_OF_NORM,
-                    _CONSTRAINTS_OF_NORM,
-                    [a, b, x, norm, scale],
-                    (tl.float32, tl.float32),
-                    not OVERLAPS,
-                    4,
-                )
-            else:
-                low, high = tl.inline_asm_elementwise(
-                    _PRODUCTS, _CONSTRAINTS, [a, b, x, scale], (tl.float32, tl.float32), not OVERLAPS, 4
-                )
+            low, high = tl.inline_asm_elementwise(
+                _PRODUCTS_OF_SHRUNK if IS_SHRUNK else _PRODUCTS,
+                _CONSTRAINTS,
+                [a, b, x, scale],
+                (tl.float32, tl.float32),
+                not OVERLAPS,
+                4,
+            )
         else:
             scale_place += word % 4 // 2 * 2
-            low = _sums(a, x_place, norm_place, is_group, 0, HAS_NORM)
-            low += _sums(b, x_place + 8, norm_place + 8, is_group, 0, HAS_NORM)
+            low = _sums(a, x_place, is_group, 0, IS_SHRUNK) + _sums(b, x_place + 8, is_group, 0, IS_SHRUNK)
             low *= _power(scale_place, word, is_group)
-            high = _sums(a, x_place, norm_place, is_group, 2, HAS_NORM)
-            high += _sums(b, x_place + 8, norm_place + 8, is_group, 2, HAS_NORM)
+            high = _sums(a, x_place, is_group, 2, IS_SHRUNK) + _sums(b, x_place + 8, is_group, 2, IS_SHRUNK)
             high *= _power(scale_place + 1, word, is_group)
         low_sums += tl.sum(low, 1)
         high_sums += tl.sum(high, 1)
@@ -250,9 +236,6 @@ def _mxfp4_matvec_kernel(
         part += tl.arange(0, 4)[None, :] * 16 + tl.arange(0, 8)[:, None]  # [r, w]
         tl.store(part, tl.sum(tl.reshape(low_sums, (8, 4, 4)), 1))
         tl.store(part + 8, tl.sum(tl.reshape(high_sums, (8, 4, 4)), 1))
-    squares_ptr = parts_ptr + num_splits * num_columns
-    if HAS_NORM:
-        tl.store(squares_ptr + tile * num_splits + split, squares)
     tl.debug_barrier()
     out_tile, wanted = tile, num_splits
     if IS_GATED:
@@ -262,20 +245,35 @@ def _mxfp4_matvec_kernel(
         total = _total(parts_ptr, num_columns, num_splits, columns, BLOCK_S)
         if IS_GATED:
             up = _total(parts_ptr, num_columns, num_splits, num_columns // 2 + columns, BLOCK_S)
-        if HAS_NORM:
-            squares = tl.sum(_total(squares_ptr, 1, num_splits, tile * num_splits + tl.arange(0, 1), BLOCK_S))
-            factor = tl.rsqrt(squares / (32 * num_groups) + eps)
+        if HAS_SQUARES:
+            factor = tl.rsqrt(_sum_of(squares_ptr, num_squares, 64) / (32 * num_groups) + eps)
             total *= factor
             if IS_GATED:
                 up *= factor
         if HAS_BIAS:
             total += tl.load(bias_ptr + columns).to(tl.float32)
-        if IS_GATED:
-            total = total / (1 + tl.exp(-total)) * up
         if IS_ADDED:
             total += tl.load(added_ptr + columns).to(tl.float32)
-        tl.store(out_ptr + columns, total.to(out_ptr.dtype.element_ty))
+        if IS_GATED:
+            tl.store(shrunk_ptr + columns, shrunk(total / (1 + tl.exp(-total)) * up))
+        else:
+            rounded = total.to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + columns, rounded)
+            if HAS_NORM:
+                total = rounded.to(tl.float32)
+                tl.store(out_squares_ptr + out_tile, tl.sum(total * total))
+                tl.store(shrunk_ptr + columns, shrunk(total * tl.load(norm_ptr + columns).to(tl.float32)))
         tl.store(arrived_ptr + out_tile, 0)
+
+
+@triton.jit
+def _shrink_kernel(x_ptr, norm_ptr, shrunk_ptr, squares_ptr, width, BLOCK: tl.constexpr):
+    """By one program."""
+    column = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + column, mask=column < width, other=0).to(tl.float32)
+    tl.store(squares_ptr, tl.sum(x * x))
+    norm = tl.load(norm_ptr + column, mask=column < width, other=0).to(tl.float32)
+    tl.store(shrunk_ptr + column, shrunk(x * norm), mask=column < width)
 
 
 @dataclass(frozen=True)
@@ -311,17 +309,10 @@ def unpacked(matrix: Matrix) -> torch.Tensor:
 
 
 def mxfp4_matvec_reference(
-    x: torch.Tensor,
-    matrix: Matrix,
-    norm: Norm | None = None,
-    added: torch.Tensor | None = None,
-    is_gated: bool = False,
+    x: torch.Tensor | Shrunk, matrix: Matrix, added: torch.Tensor | None = None, is_gated: bool = False
 ) -> torch.Tensor:
-    """The same in PyTorch."""
-    values = x.float()
-    if norm is not None:
-        values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.float()
-    out = values @ unpacked(matrix)
+    """The same in PyTorch, `[1, N]` bfloat16; `is_gated`: `[1, N / 2]`, of `launch_mxfp4_swiglu`."""
+    out = (x.whole() if isinstance(x, Shrunk) else x.float()) @ unpacked(matrix)
     if matrix.bias is not None:
         out = out + matrix.bias.float()
     if is_gated:
@@ -329,66 +320,129 @@ def mxfp4_matvec_reference(
         out = torch.nn.functional.silu(gate) * up
     if added is not None:
         out = out + added.float()
-    return out.to(x.dtype)
+    return out.to(torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class How:
+    """`num_loops`: how often each program takes 256 rows, one after another. `overlaps`: programs start, and read
+    weights, while the kernel before still runs (programmatic dependent launch, sm_90 and later). `asm`: whether by PTX
+    of its own, for NVIDIA's GPUs from sm_80 on; None: where there is one."""
+
+    num_loops: int = 1
+    overlaps: bool = False
+    asm: bool | None = None
+
+
+_BY_DEFAULT = How()
 
 
 def launch_mxfp4_matvec(
-    x: torch.Tensor,
+    x: torch.Tensor | Shrunk,
     matrix: Matrix,
     workspace: Workspace,
+    how: How = _BY_DEFAULT,
     *,
-    norm: Norm | None = None,
     added: torch.Tensor | None = None,
-    is_gated: bool = False,
-    num_loops: int = 1,
-    overlaps: bool = False,
-    asm: bool | None = None,
 ) -> torch.Tensor:
-    """`x [1, K]` bfloat16 times the matrix, `[1, N]`, by the Triton kernel.
+    """`x [1, K]`, bfloat16 or shrunk, times the matrix by the Triton kernel, and `added [1, N]` to it: `[1, N]`
+    bfloat16. Raises ValueError for another `x`."""
+    out = torch.empty((1, matrix.shape[1]), dtype=torch.bfloat16, device=matrix.weight.device)
+    _launch(x, matrix, workspace, how, added=added, out=out)
+    return out
 
-    `norm`: of `x`, before it is multiplied. `is_gated`: the first half of the product is a gate, and the result is its
-    SiLU times the other half, `[1, N / 2]`; without a bias. `added`: to the result, of its shape. `num_loops`: how
-    often each program takes 256 rows, one after another. `overlaps`: programs start, and read weights, while the kernel
-    before still runs (programmatic dependent launch, sm_90 and later). `asm`: whether by PTX of its own, for NVIDIA's
-    GPUs from sm_80 on; None: where there is one. Raises ValueError for another `x`, and for a gate whose half is no
-    whole number of tiles.
-    """
-    height, width = matrix.shape
-    if x.dtype != torch.bfloat16 or x.shape != (1, height):
-        raise ValueError(f"x {tuple(x.shape)} {x.dtype}: must be a row of {height} bfloat16")
-    if is_gated and (width % (2 * TILE) or matrix.bias is not None):
+
+def launch_mxfp4_add_norm(
+    x: torch.Tensor | Shrunk,
+    matrix: Matrix,
+    workspace: Workspace,
+    how: How = _BY_DEFAULT,
+    *,
+    added: torch.Tensor,
+    norm: Norm,
+) -> tuple[torch.Tensor, Shrunk]:
+    """The same, and its norm for the product behind it."""
+    width, device = matrix.shape[1], matrix.weight.device
+    out = torch.empty((1, width), dtype=torch.bfloat16, device=device)
+    normed = Shrunk(torch.empty_like(out, dtype=torch.float16), torch.empty(width // TILE, device=device), norm.eps)
+    _launch(x, matrix, workspace, how, added=added, out=out, norm=norm, result=normed)
+    return out, normed
+
+
+def launch_mxfp4_swiglu(
+    x: torch.Tensor | Shrunk, matrix: Matrix, workspace: Workspace, how: How = _BY_DEFAULT
+) -> Shrunk:
+    """SiLU of the first half of `x` times the matrix, times the other half, `[1, N / 2]`. Raises ValueError for another
+    `x`, for halves that are no whole number of tiles, and for a matrix with a bias."""
+    width = matrix.shape[1]
+    if width % (2 * TILE) or matrix.bias is not None:
         raise ValueError(f"a gated product of {width} columns: must be of a multiple of {2 * TILE}, without a bias")
+    activated = Shrunk(torch.empty((1, width // 2), dtype=torch.float16, device=matrix.weight.device))
+    _launch(x, matrix, workspace, how, result=activated, is_gated=True)
+    return activated
+
+
+def launch_shrink(x: torch.Tensor, norm: Norm) -> Shrunk:
+    """`x [1, width]` and a norm, for the first product."""
+    width = x.shape[-1]
+    normed = Shrunk(torch.empty_like(x, dtype=torch.float16), torch.empty(1, device=x.device), norm.eps)
+    _shrink_kernel[(1,)](
+        x.contiguous(), norm.weight, normed.values, normed.squares, width, BLOCK=triton.next_power_of_2(width)
+    )
+    return normed
+
+
+def _launch(
+    x: torch.Tensor | Shrunk,
+    matrix: Matrix,
+    workspace: Workspace,
+    how: How,
+    added: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    norm: Norm | None = None,
+    result: Shrunk | None = None,
+    is_gated: bool = False,
+) -> None:
+    height, width = matrix.shape
+    values, squares, eps = (x.values, x.squares, x.eps) if isinstance(x, Shrunk) else (x, None, 0.0)
+    dtype = torch.float16 if isinstance(x, Shrunk) else torch.bfloat16
+    if values.dtype != dtype or values.shape != (1, height):
+        raise ValueError(f"x {tuple(values.shape)} {values.dtype}: must be a row of {height}, bfloat16 or shrunk")
     num_groups = height // GROUP
     num_tiles = width // TILE
-    num_splits = triton.cdiv(num_groups, _GROUPS * num_loops)
-    workspace.reserve(num_splits * (width + num_tiles), num_tiles)
-    out = torch.empty((1, width // 2 if is_gated else width), dtype=x.dtype, device=x.device)
-    x = x.contiguous().view(torch.int32)
+    num_splits = triton.cdiv(num_groups, _GROUPS * how.num_loops)
+    workspace.reserve(num_splits * width, num_tiles)
+    weight, is_cuda = matrix.weight, matrix.weight.is_cuda
     _mxfp4_matvec_kernel[(num_tiles, num_splits)](
-        x,
-        x if norm is None else norm.weight.view(torch.int32),
-        matrix.weight,
+        values.contiguous().view(torch.int32),
+        workspace.parts if squares is None else squares,
+        weight,
         matrix.scales.view(torch.int16),
-        out if matrix.bias is None else matrix.bias,
-        out if added is None else added,
-        out,
+        weight if matrix.bias is None else matrix.bias,
+        weight if added is None else added,
+        weight if norm is None else norm.weight,
+        weight if out is None else out,
+        weight if result is None else result.values,
+        workspace.parts if result is None or result.squares is None else result.squares,
         workspace.parts,
         workspace.arrived,
         width,
         num_groups,
         num_splits,
-        num_loops,
-        0.0 if norm is None else norm.eps,
+        how.num_loops,
+        0 if squares is None else len(squares),
+        eps,
         GROUPS=_GROUPS,
         IS_WHOLE=num_groups % _GROUPS == 0,
         BLOCK_S=_BLOCK_S,
-        HAS_NORM=norm is not None,
+        IS_SHRUNK=isinstance(x, Shrunk),
+        HAS_SQUARES=squares is not None,
         HAS_BIAS=matrix.bias is not None,
         IS_ADDED=added is not None,
+        HAS_NORM=norm is not None,
         IS_GATED=is_gated,
-        ASM=x.is_cuda and torch.version.hip is None if asm is None else asm,
-        OVERLAPS=overlaps,
+        ASM=is_cuda and torch.version.hip is None if how.asm is None else how.asm,
+        OVERLAPS=how.overlaps,
         num_warps=1,
-        **({"launch_pdl": True} if overlaps else {}),
+        **({"launch_pdl": True} if how.overlaps else {}),
     )
-    return out

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 
 from . import _package  # noqa: F401
 
@@ -15,6 +17,34 @@ class Norm:
 
     weight: torch.Tensor
     eps: float
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A row as products on tensor cores take it: `values [1, width]` float16, a sixteenth of what they are, and what is
+    more than float16 holds is the most that it does.
+
+    `squares`: float32, of what RMSNorm divides by, added up in any number of parts. `values` are multiplied by the
+    norm's weights then, and not divided yet.
+    """
+
+    values: torch.Tensor
+    squares: torch.Tensor | None = None
+    eps: float = 0.0
+
+    def whole(self) -> torch.Tensor:
+        """What it means, `[1, width]` float32."""
+        whole = 16 * self.values.float()
+        if self.squares is not None:
+            whole = whole * torch.rsqrt(self.squares.sum() / whole.shape[-1] + self.eps)
+        return whole
+
+
+@triton.jit
+def shrunk(values):
+    """As in `Shrunk`. What is no number stays none."""
+    values = tl.clamp(values * 0.0625, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+    return values.to(tl.float16)
 
 
 class Workspace:

@@ -20,6 +20,7 @@ from vllm_lvspec.engine import one_token
 from vllm_lvspec.engine.few_rows import FewRowsSiluAndMul, OneRowLinear
 from vllm_lvspec.engine.kv_layout import KVLayout
 from vllm_lvspec.engine.one_token import OneTokenStep, decoder_layers, one_token_step
+from vllm_lvspec.kernels import token_layers
 from vllm_lvspec.kernels.advance_decode import advance_decode
 from vllm_lvspec.kernels.greedy_head import Head, in_eight_bits
 from vllm_lvspec.kernels.shared import Norm, Workspace
@@ -329,21 +330,26 @@ def test_on_cpus_and_without_four_bits_nothing_changes(engines):
 
 def test_loops_are_chosen_by_the_clock(monkeypatch):
     asked: list[tuple[int, int]] = []
-    kinds: dict[int, set[str]] = {}
+    kinds: dict[int, tuple[str, bool]] = {}
 
-    def launch(x, matrix, workspace, num_loops, **what):
-        asked.append((matrix.shape[0], num_loops))
-        kinds[matrix.shape[0]] = {name for name, value in what.items() if value is not None and value is not False}
+    def launching(kind: str) -> Any:
+        def launch(x, matrix, workspace, how, **what):
+            asked.append((matrix.shape[0], how.num_loops))
+            kinds[matrix.shape[0]] = kind, x.squares is not None
+            assert x.squares is None or len(x.squares) * 64 == matrix.shape[0]
 
-    monkeypatch.setattr(one_token, "launch_mxfp4_matvec", launch)
+        return launch
+
+    for kind in ("matvec", "add_norm", "swiglu"):
+        monkeypatch.setattr(token_layers, f"launch_mxfp4_{kind}", launching(kind))
     matrices = {
         name: random_matrix(height, 64, seed=height)[0]
-        for name, height in (("qkv", 32), ("output", 64), ("gate_up", 96), ("down", 128))
+        for name, height in (("qkv", 64), ("output", 96), ("gate_up", 128), ("down", 160))
     }
-    norm = Norm(torch.ones(32).bfloat16(), 1e-6)
+    norm = Norm(torch.ones(64).bfloat16(), 1e-6)
     layer = SimpleNamespace(**matrices, cache=torch.zeros(0), attention_norm=norm, mlp_norm=norm)
     step = OneTokenStep([layer, layer], nn.Identity(), Workspace(torch.device("cpu")))
-    best = {32: 4, 64: 1, 96: 2, 128: 4}
+    best = {64: 4, 96: 1, 128: 2, 160: 4}
 
     def seconds(run: Any) -> float:
         asked.clear()
@@ -354,7 +360,7 @@ def test_loops_are_chosen_by_the_clock(monkeypatch):
     step.tune(seconds)
     assert step.num_loops == {"qkv": 4, "output": 1, "gate_up": 2, "down": 4}
     # As they are in a step.
-    assert kinds == {32: {"norm"}, 64: {"added"}, 96: {"norm", "is_gated"}, 128: {"added"}}
+    assert kinds == {64: ("matvec", True), 96: ("add_norm", False), 128: ("swiglu", True), 160: ("add_norm", False)}
 
 
 def test_what_a_device_cannot_do_ends_no_start(monkeypatch):

@@ -49,9 +49,9 @@ def same(heads: Heads, case, num_splits: int, workspace: Workspace) -> None:
     wanted = decode_attention_reference(qkv, heads, cos_sin, wanted_cache, rows)
     for how in 2 * ways(qkv.device):  # what it counts by is as it was
         found = launch_decode_attention(qkv, heads, cos_sin, found_cache, rows, workspace, num_splits, **how)
-        assert found.shape == wanted.shape and found.dtype == wanted.dtype
+        assert found.values.shape == wanted.shape and found.values.dtype == torch.float16
         tolerance = 2e-5 if qkv.dtype == torch.float32 else 1e-2
-        assert (found.float() - wanted.float()).norm() <= tolerance * wanted.float().norm()
+        assert (found.whole() - wanted.float()).norm() <= max(tolerance, 1e-3) * wanted.float().norm()
         assert not workspace.arrived.any()
     assert torch.allclose(found_cache.float(), wanted_cache.float(), rtol=2 * tolerance, atol=tolerance)
     # Nothing else was written.
@@ -60,7 +60,7 @@ def same(heads: Heads, case, num_splits: int, workspace: Workspace) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("num_queries", "num_keys", "size"), [(28, 4, 128), (16, 2, 128), (4, 4, 64), (17, 1, 32), (6, 2, 32)]
+    ("num_queries", "num_keys", "size"), [(28, 4, 128), (16, 2, 128), (4, 4, 64), (17, 1, 32), (6, 2, 32), (4, 2, 256)]
 )
 def test_the_kernel_does_what_its_reference_does(num_queries, num_keys, size, dtype, device):
     heads = Heads(num_queries, num_keys, size, size**-0.5)
@@ -117,7 +117,16 @@ def test_one_token_far_above_all_others_wins(device):
         same(heads, (qkv, cos_sin, cache, rows), 4, Workspace(device))
         found = launch_decode_attention(qkv, heads, cos_sin, cache, rows, Workspace(device))
         wanted = qkv[0, 96:] if best == 99 else cache[where, 0, best % PAGE, 32:]
-        assert np.allclose(found[0, :32].cpu(), wanted.cpu(), atol=1e-5)
+        assert np.allclose(found.whole()[0, :32].cpu(), wanted.cpu(), rtol=1e-3, atol=1e-5)
+
+
+def test_what_others_have_left_is_no_part_of_it(device):
+    """A workspace may hold anything where there are fewer splits than room for them."""
+    heads = Heads(4, 2, 32, 0.2)
+    workspace = Workspace(device)
+    workspace.reserve(100_000, 8)
+    workspace.parts.fill_(torch.nan)
+    same(heads, case([30], heads, torch.float32, device), 5, workspace)
 
 
 def test_a_workspace_grows_and_is_shared(device):
@@ -125,7 +134,7 @@ def test_a_workspace_grows_and_is_shared(device):
     for lengths in ([5], [40, 9, 17], [12]):
         heads = Heads(4, 2, 32, 0.2)
         same(heads, case(lengths, heads, torch.float32, device), 4, workspace)
-    assert len(workspace.parts) == 3 * 2 * 4 * 16 * 34 and len(workspace.arrived) == 6
+    assert len(workspace.parts) == 3 * 4 * 34 * 4 and len(workspace.arrived) == 6
 
 
 @pytest.mark.parametrize("size", [16, 80])

@@ -6,14 +6,18 @@ from mxfp4 import random_matrix
 
 from vllm_lvspec.kernels.mxfp4_matvec import (
     _PRODUCTS,
-    _PRODUCTS_OF_NORM,
+    _PRODUCTS_OF_SHRUNK,
     _SHRUNK_BY,
+    How,
     Matrix,
+    launch_mxfp4_add_norm,
     launch_mxfp4_matvec,
+    launch_mxfp4_swiglu,
+    launch_shrink,
     mxfp4_matvec_reference,
     unpacked,
 )
-from vllm_lvspec.kernels.shared import Norm, Workspace
+from vllm_lvspec.kernels.shared import Norm, Shrunk, Workspace
 
 
 def on(matrix: Matrix, device: torch.device) -> Matrix:
@@ -21,12 +25,20 @@ def on(matrix: Matrix, device: torch.device) -> Matrix:
     return Matrix(matrix.weight.to(device), matrix.scales.to(device), bias)
 
 
-def ways(device: torch.device) -> list[dict[str, bool]]:
+def ways(device: torch.device, num_loops: int = 1) -> list[How]:
     """What a device can be asked for."""
     if device.type != "cuda" or torch.version.hip is not None:
-        return [{"asm": False}]
-    overlapping = [{"asm": True, "overlaps": True}] if torch.cuda.get_device_capability()[0] >= 9 else []
-    return [{"asm": False}, {"asm": True}, *overlapping]
+        return [How(num_loops, asm=False)]
+    overlapping = [How(num_loops, overlaps=True, asm=True)] if torch.cuda.get_device_capability()[0] >= 9 else []
+    return [How(num_loops, asm=False), How(num_loops, asm=True), *overlapping]
+
+
+def shrink(x: torch.Tensor, device: torch.device) -> Shrunk:
+    return Shrunk((x.float() / 16).half().to(device))
+
+
+def near(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return bool((found.float().cpu() - wanted).norm() <= 0.006 * wanted.norm())
 
 
 def test_a_matrix_means_what_was_packed():
@@ -53,39 +65,78 @@ def test_the_kernel_does_what_its_reference_does(height, width, has_bias, device
     workspace = Workspace(device)
     for how in ways(device):
         for _ in range(2):  # what it counts by is as it was
-            found = launch_mxfp4_matvec(x.to(device), matrix, workspace, **how).float().cpu()
-            assert (found - wanted).norm() <= 0.006 * wanted.norm()
+            found = launch_mxfp4_matvec(x.to(device), matrix, workspace, how)
+            assert near(found, wanted)
             assert not workspace.arrived.any()
 
 
-@pytest.mark.filterwarnings("ignore:overflow")  # in the interpreter's exp
-@pytest.mark.parametrize(("height", "num_loops"), [(256, 1), (800, 1), (800, 3), (2560, 2)])
-@pytest.mark.parametrize("asked", [("norm",), ("added",), ("is_gated",), ("norm", "is_gated"), ("norm", "bias"), ()])
-def test_norm_gate_sum_and_loops_are_those_of_the_reference(asked, height, num_loops, device):
-    generator = torch.Generator().manual_seed(height)
-    matrix, dense = random_matrix(height, 256, seed=height, bias="bias" in asked)
-    matrix = on(matrix, device)
+def normed_row(height: int, seed: int) -> tuple[torch.Tensor, Norm, torch.Tensor]:
+    """A row, a norm, and the row's norm."""
+    generator = torch.Generator().manual_seed(seed)
     x = (20 * torch.randn(1, height, generator=generator)).bfloat16()
-    norm = Norm((1 + 0.3 * torch.randn(height, generator=generator)).bfloat16().to(device), 1e-6)
-    added = torch.randn(1, 128 if "is_gated" in asked else 256, generator=generator).bfloat16()
-    wanted = x.float()
-    if "norm" in asked:
-        wanted = torch.nn.functional.rms_norm(wanted, (height,), norm.weight.float().cpu(), norm.eps)
-    wanted = wanted @ dense
-    if "bias" in asked:
-        wanted += matrix.bias.float().cpu()
-    if "is_gated" in asked:
-        wanted = torch.nn.functional.silu(wanted[:, :128]) * wanted[:, 128:]
-    if "added" in asked:
-        wanted += added.float()
-    said = {"norm": norm if "norm" in asked else None, "is_gated": "is_gated" in asked}
-    said["added"] = added.to(device) if "added" in asked else None
+    norm = Norm((1 + 0.3 * torch.randn(height, generator=generator)).bfloat16(), 1e-6)
+    return x, norm, torch.nn.functional.rms_norm(x.float(), (height,), norm.weight.float(), norm.eps)
+
+
+def test_a_row_is_shrunk_as_products_take_it(device):
+    x, norm, wanted = normed_row(96, seed=1)
+    x[0, 3], norm.weight[3] = 1e7, 1.0
+    x[0, 4] = torch.nan
+    found = launch_shrink(x.to(device), Norm(norm.weight.to(device), norm.eps))
+    assert found.values[0, 3] == 65504 and found.values[0, 4].isnan() and found.squares.isnan().all()
+    x, norm, wanted = normed_row(96, seed=1)
+    found = launch_shrink(x.to(device), Norm(norm.weight.to(device), norm.eps))
+    assert torch.allclose(found.whole().cpu(), wanted, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("height", "num_loops"), [(256, 1), (800, 1), (800, 3), (4480, 2)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_of_a_norm_is_that_of_the_reference(height, num_loops, bias, device):
+    """The norm's squares are in more parts than are added up at once, too."""
+    matrix, dense = random_matrix(height, 256, seed=height, bias=bias)
+    x, norm, normed = normed_row(height, seed=height)
+    wanted = normed @ dense + (matrix.bias.float() if bias else 0)
+    matrix = on(matrix, device)
+    parts = x.float().square().view(-1, 32).sum(1).to(device)
+    shrunk = Shrunk(shrink(x.float() * norm.weight.float(), device).values, parts, norm.eps)
+    assert near(mxfp4_matvec_reference(shrunk, matrix), wanted)
     workspace = Workspace(device)
-    reference = mxfp4_matvec_reference(x.to(device), matrix, **said)
-    assert (reference.float().cpu() - wanted).norm() <= 0.006 * wanted.norm()
-    for how in ways(device):
-        found = launch_mxfp4_matvec(x.to(device), matrix, workspace, **said, num_loops=num_loops, **how)
-        assert (found.float().cpu() - wanted).norm() <= 0.006 * wanted.norm()
+    for how in ways(device, num_loops):
+        assert near(launch_mxfp4_matvec(shrunk, matrix, workspace, how), wanted)
+        assert not workspace.arrived.any()
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # in the interpreter's exp
+@pytest.mark.parametrize(("height", "num_loops"), [(256, 1), (800, 3)])
+def test_a_gate_is_that_of_the_reference(height, num_loops, device):
+    matrix, dense = random_matrix(height, 256, seed=height)
+    x, norm, normed = normed_row(height, seed=height)
+    gate, up = (normed @ dense).chunk(2, dim=-1)
+    wanted = torch.nn.functional.silu(gate) * up
+    shrunk = launch_shrink(x.to(device), Norm(norm.weight.to(device), norm.eps))
+    assert near(mxfp4_matvec_reference(shrunk, on(matrix, device), is_gated=True), wanted)
+    workspace = Workspace(device)
+    for how in ways(device, num_loops):
+        found = launch_mxfp4_swiglu(shrunk, on(matrix, device), workspace, how)
+        assert found.squares is None and near(found.whole(), wanted)
+        assert not workspace.arrived.any()
+
+
+@pytest.mark.parametrize(("height", "num_loops"), [(256, 1), (800, 3)])
+def test_a_sum_and_its_norm_are_those_of_the_reference(height, num_loops, device):
+    matrix, dense = random_matrix(height, 320, seed=height)
+    x, _, _ = normed_row(height, seed=height)
+    added, norm, _ = normed_row(320, seed=3)
+    wanted = x.float() @ dense + added.float()
+    asked = {"added": added.to(device), "norm": Norm(norm.weight.to(device), norm.eps)}
+    workspace = Workspace(device)
+    for how in ways(device, num_loops):
+        found, normed = launch_mxfp4_add_norm(shrink(x, device), on(matrix, device), workspace, how, **asked)
+        assert near(found, wanted) and len(normed.squares) == 5
+        wanted_norm = torch.nn.functional.rms_norm(found.float().cpu(), (320,), norm.weight.float(), norm.eps)
+        assert torch.allclose(normed.whole().cpu(), wanted_norm, rtol=2e-3, atol=1e-5)
+        alone = launch_mxfp4_matvec(shrink(x, device), on(matrix, device), workspace, how, added=asked["added"])
+        assert torch.equal(alone, found)
         assert not workspace.arrived.any()
 
 
@@ -116,13 +167,22 @@ def test_a_workspace_grows_and_is_shared(device):
         x = torch.ones(1, matrix.shape[0], dtype=torch.bfloat16, device=device)
         found = launch_mxfp4_matvec(x, on(matrix, device), workspace).float()
         assert torch.allclose(found, mxfp4_matvec_reference(x, on(matrix, device)).float(), rtol=0.02, atol=0.1)
-    assert len(workspace.parts) == 2 * (192 + 3) and len(workspace.arrived) == 3
+    assert len(workspace.parts) == 2 * 192 and len(workspace.arrived) == 3
 
 
-@pytest.mark.parametrize("x", [torch.zeros(1, 64), torch.zeros(1, 32).bfloat16(), torch.zeros(2, 64).bfloat16()])
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(1, 64),
+        torch.zeros(1, 32).bfloat16(),
+        torch.zeros(2, 64).bfloat16(),
+        Shrunk(torch.zeros(1, 64).bfloat16()),
+        Shrunk(torch.zeros(1, 32).half()),
+    ],
+)
 def test_what_does_not_fit_is_refused(x):
     matrix, _ = random_matrix(64, 64, seed=8)
-    with pytest.raises(ValueError, match="must be a row of 64 bfloat16"):
+    with pytest.raises(ValueError, match="must be a row of 64, bfloat16 or shrunk"):
         launch_mxfp4_matvec(x, matrix, Workspace(torch.device("cpu")))
 
 
@@ -131,29 +191,26 @@ def test_a_gate_that_ends_within_a_tile_or_has_a_bias_is_refused():
     for width, bias in ((64, False), (192, False), (128, True)):
         matrix, _ = random_matrix(32, width, seed=12, bias=bias)
         with pytest.raises(ValueError, match=f"of {width} columns: must be of a multiple of 128, without a bias"):
-            launch_mxfp4_matvec(x, matrix, Workspace(torch.device("cpu")), is_gated=True)
+            launch_mxfp4_swiglu(x, matrix, Workspace(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("most", [1.0, 2e6])
-@pytest.mark.parametrize("has_norm", [False, True])
-def test_what_is_written_in_ptx_is_what_the_reference_computes(has_norm, most):
+@pytest.mark.parametrize("is_shrunk", [False, True])
+def test_what_is_written_in_ptx_is_what_the_reference_computes(is_shrunk, most):
     """All lines of it, run on the host, for the words, vector and scales of a warp."""
     matrix, dense = random_matrix(32, 64, seed=9)
-    generator = torch.Generator().manual_seed(10)
-    x, norm = torch.randn(1, 32, generator=generator).bfloat16(), torch.randn(1, 32, generator=generator).bfloat16()
-    x[0, 5], norm[0, 5] = most, 1.0
+    x = torch.randn(1, 32, generator=torch.Generator().manual_seed(10)).bfloat16()
+    x[0, 5] = most
     lane = np.arange(32)
     words = matrix.weight.view(2, 32, 4).numpy()
-    vectors = [each.view(torch.int32).numpy().flatten() for each in (x, norm)]
-    memory = np.concatenate([np.full(4, 0x7F80, np.int32), *vectors])
+    values = (x.float() / 16).clamp(max=65504).half() if is_shrunk else x
+    memory = np.concatenate([np.full(4, 0x7F80, np.int32), values.view(torch.int32).numpy().flatten()])
     scales = matrix.scales.view(torch.int32)[0].numpy()
     inputs = [words[tile, :, word] for tile in range(2) for word in range(4)]
-    for vector in range(1 + has_norm):
-        inputs += [np.where(lane < 4, 16 + 64 * vector + 4 * lane, 0)] * 4
+    inputs += [np.where(lane < 4, 16 + 4 * lane, 0)] * 4
     inputs += [scales[lane // 4 * 2 + half] for half in range(2)]
-    asm = (_PRODUCTS_OF_NORM if has_norm else _PRODUCTS).value
+    asm = (_PRODUCTS_OF_SHRUNK if is_shrunk else _PRODUCTS).value
     sums = np.stack(ptx.run(asm, 8, inputs, memory))[:, ::4] * _SHRUNK_BY.value  # [half, word; r]
     found = sums.reshape(2, 4, 8).transpose(1, 0, 2).reshape(64)
-    multiplied = x.float() * norm.float() if has_norm else x.float()
     # What is more than float16 holds is the most that it does.
-    assert np.allclose(found, (multiplied.clamp(max=16 * 65504) @ dense)[0], rtol=1e-3, atol=1e-2 * most)
+    assert np.allclose(found, (x.float().clamp(max=16 * 65504) @ dense)[0], rtol=1e-3, atol=1e-2 * most)

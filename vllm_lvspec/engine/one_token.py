@@ -2,15 +2,14 @@
 
 vLLM takes eleven for a layer in four bits: norms, rotary embedding, writing keys and values, attention and joining its
 parts, and SwiGLU beside the four products. For a small drafter's single token most of them are more launch than work.
-Here a product brings its norm, its gate or what it is added to along, and attention is one kernel. Behind the layers
-the last norm, the head and the choice of a token are one.
+Here a product brings along what it is added to with the norm behind it, or its gate, and attention is one kernel.
+Behind the layers the last norm, the head and the choice of a token are one.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,10 +27,11 @@ from vllm_lvspec.draft.batch import DraftBatch
 from vllm_lvspec.draft.drafter import NextTokens
 from vllm_lvspec.engine.few_rows import FewRowsSiluAndMul, OneRowLinear
 from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
-from vllm_lvspec.kernels.decode_attention import Heads, Rows, launch_decode_attention
+from vllm_lvspec.kernels.decode_attention import Heads, Rows
 from vllm_lvspec.kernels.greedy_head import Head, in_eight_bits, launch_greedy_head, reads_e4m3
-from vllm_lvspec.kernels.mxfp4_matvec import GROUP, TILE, Matrix, launch_mxfp4_matvec
+from vllm_lvspec.kernels.mxfp4_matvec import GROUP, TILE
 from vllm_lvspec.kernels.shared import Norm, Workspace
+from vllm_lvspec.kernels.token_layers import Layer, TokenLayers
 
 if TYPE_CHECKING:
     from vllm_lvspec.engine.draft_model import VLLMDraftModel
@@ -41,7 +41,6 @@ logger = init_logger("vllm.lvspec")
 # What is done here, by the forwards that do it in vLLM.
 _LAYERS = (Qwen2DecoderLayer.forward, Qwen3DecoderLayer.forward)
 _ATTENTION = (Qwen2Attention.forward, Qwen3Attention.forward)
-_NUM_LOOPS = (1, 2, 4)  # of products, that are tried
 _TOLERANCE = 0.05  # of what a layer adds: sums are made in another order, and less is rounded
 _WHOLE_TOLERANCE = 0.2  # of the last hidden state, to which layers have added what they differ in
 _HEAD_TOLERANCE = 0.25  # of logits' deviation: how much less a chosen token may have than the best
@@ -50,22 +49,7 @@ _TRIAL_ENDS = 8  # texts of one length that a head is tried with
 _TRIAL_TOKENS = 4099  # more than all programs of an attention kernel take at once, and no whole number of blocks
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A decoder layer's weights, and its keys' and values' cache `[num_pages, num_keys, page_size, 2 size]`."""
-
-    attention_norm: Norm
-    qkv: Matrix
-    heads: Heads
-    cos_sin: torch.Tensor
-    cache: torch.Tensor
-    output: Matrix
-    mlp_norm: Norm
-    gate_up: Matrix
-    down: Matrix
-
-
-class OneTokenStep:
+class OneTokenStep(TokenLayers):
     """From the embedding of a request's next token to the decoder's last hidden state, or to the token behind it.
 
     `norm`: the decoder's last. `head`: what chooses a token, where that is this package's, too, and of how many
@@ -76,12 +60,9 @@ class OneTokenStep:
     num_tokens = 0
 
     def __init__(self, layers: list[Layer], norm: nn.Module, workspace: Workspace):
-        self.layers = layers
+        super().__init__(layers, workspace)
         self.norm = norm
-        self.workspace = workspace
         self._last_norm = _norm(norm)
-        self.num_loops = dict.fromkeys(("qkv", "output", "gate_up", "down"), 1)  # of a program
-        self.overlaps = False  # whether kernels start while those before still run
 
     def __call__(self, stream: torch.Tensor, rows: Rows) -> torch.Tensor:
         """`stream [1, hidden_size]` to `[1, hidden_size]`; its keys and values go into the cache."""
@@ -100,49 +81,6 @@ class OneTokenStep:
         """By the head, of what the last layer gives."""
         assert self.head is not None
         return NextTokens(*launch_greedy_head(stream, self.head, self.num_tokens, self.workspace, self._last_norm))
-
-    def through(self, stream: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """What the last layer gives."""
-        for layer in self.layers:
-            stream = self.layer(layer, stream, rows)
-        return stream
-
-    def layer(self, layer: Layer, stream: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """The sum of what was before a layer and what it adds."""
-        qkv = self._product("qkv", layer, stream)
-        attended = launch_decode_attention(
-            qkv, layer.heads, layer.cos_sin, layer.cache, rows, self.workspace, overlaps=self.overlaps
-        )
-        stream = self._product("output", layer, attended, added=stream)
-        activated = self._product("gate_up", layer, stream)
-        return self._product("down", layer, activated, added=stream)
-
-    def _product(self, name: str, layer: Layer, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
-        return launch_mxfp4_matvec(
-            x,
-            getattr(layer, name),
-            self.workspace,
-            norm={"qkv": layer.attention_norm, "gate_up": layer.mlp_norm}.get(name),
-            added=added,
-            is_gated=name == "gate_up",
-            num_loops=self.num_loops[name],
-            overlaps=self.overlaps,
-        )
-
-    def tune(self, seconds: Callable[[Callable[[], Any]], float]) -> None:
-        """Choose how often programs of a product loop by `seconds`, what the kernels that a function launches take:
-        over all layers' matrices, which no cache holds. To be called before CUDA graphs are recorded."""
-        for name in self.num_loops:
-            taken = {}
-            for self.num_loops[name] in _NUM_LOOPS:
-                taken[self.num_loops[name]] = seconds(functools.partial(self._products, name))
-            self.num_loops[name] = min(taken, key=taken.__getitem__)
-
-    def _products(self, name: str) -> None:
-        for layer in self.layers:
-            height, width = getattr(layer, name).shape
-            x = torch.ones((1, height), dtype=torch.bfloat16, device=layer.cache.device)
-            self._product(name, layer, x, x.new_ones(1, width) if name in ("output", "down") else None)
 
 
 def decoder_layers(model: Any, caches: Mapping[str, torch.Tensor]) -> list[Layer] | None:
