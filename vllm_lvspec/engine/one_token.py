@@ -158,8 +158,9 @@ def one_token_step(model: VLLMDraftModel) -> OneTokenStep | None:
         if differing is not None:
             logger.warning("lvspec: this package's kernels rest, because %s.", differing)
             return None
-        step.tune(lambda run: _seconds(_recorded(run)[0]))
-        if current_platform.is_cuda() and current_platform.has_device_capability(90):
+        step.overlaps = current_platform.is_cuda() and current_platform.has_device_capability(90)
+        step.tune(lambda run: _seconds(_recorded(run)[0]))  # as they are launched, if overlapping pays
+        if step.overlaps:
             step.overlaps = _overlapping_pays(step, model)
         try:
             _choose_head(step, model, reads_e4m3(model.device), lambda run: _seconds(_recorded(run)[0]))
