@@ -223,11 +223,9 @@ class Shape(NamedTuple):
     num_kv_heads: int
 
 
-def token_layers_case(name: str, shape: Shape, context: int, overlaps: bool, device: torch.device) -> Case:
-    """Products loop as often as is fastest, as at an engine's start."""
-    heads, cos_sin, caches, rows = found = cached(
-        1, context, shape.num_heads, shape.num_kv_heads, shape.num_layers, device
-    )
+def layers_of(shape: Shape, found: Cached, device: torch.device) -> list[Layer]:
+    """Random ones, with what is cached."""
+    heads, cos_sin, caches, _ = found
     width = shape.num_heads * heads.size
     sizes = {
         "qkv": (shape.hidden, width + 2 * shape.num_kv_heads * heads.size),
@@ -235,25 +233,31 @@ def token_layers_case(name: str, shape: Shape, context: int, overlaps: bool, dev
         "gate_up": (shape.hidden, 2 * shape.inner),
         "down": (shape.inner, shape.hidden),
     }
-    norm = random_norm(shape.hidden, device)
-    layers = [
+    return [
         Layer(
-            attention_norm=norm, heads=heads, cos_sin=cos_sin, cache=cache, mlp_norm=norm,
+            attention_norm=random_norm(shape.hidden, device), heads=heads, cos_sin=cos_sin, cache=cache,
+            mlp_norm=random_norm(shape.hidden, device),
             **{name: mxfp4_matrix(*size, device) for name, size in sizes.items()},
         )
         for cache in caches
     ]  # fmt: skip
+
+
+def token_layers_case(name: str, shape: Shape, context: int, overlaps: bool, device: torch.device) -> Case:
+    """Products loop as often as is fastest, as at an engine's start."""
+    found = cached(1, context, shape.num_heads, shape.num_kv_heads, shape.num_layers, device)
+    layers, rows = layers_of(shape, found, device), found.rows
     token = TokenLayers(layers, Workspace(device))
     token.overlaps = overlaps
     if device.type == "cuda":
         token.tune(lambda run: float(triton.testing.do_bench_cudagraph(run, rep=5)) / 1e3)
     stream = torch.randn(1, shape.hidden, device=device).bfloat16()
-    weights = sum(height * width * 17 // 32 for height, width in sizes.values())
+    matrices = [matrix for layer in layers for matrix in (layer.qkv, layer.output, layer.gate_up, layer.down)]
     return Case(
         f"token through {shape.num_layers} layers of {name}, {context} before{', overlapping' * overlaps}",
         lambda: token.through(stream, rows),
         lambda: token_layers_reference(layers, stream, rows),
-        shape.num_layers * (weights + found.num_bytes),
+        sum(matrix.weight.nbytes + matrix.scales.nbytes for matrix in matrices) + shape.num_layers * found.num_bytes,
         in_graph=True,
     )
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from . import _package  # noqa: F401
 from .shared import Norm, Shrunk, Workspace, shrunk
 
+LEAST_SIZE = 32  # of a head
 _BLOCK_BYTES = 128  # of tokens at once, times bytes of a number: 32 KiB of keys and values with heads of 128
 _MEMBERS = 4  # query heads of a program, at most: whoever is last has as many to join
 _BLOCK_G = 16  # the fewest that tensor cores multiply
@@ -156,7 +157,7 @@ def _decode_attention_kernel(
     end = tl.minimum(begin + length, num_before)
     cache_ptr += head * head_stride
     block_table_ptr += row * block_table_stride
-    # Of earlier tokens, which were written long before: by kernels before the one that is waited for next.
+    # Of earlier tokens, which were written before the last kernel that overlaps with none.
     k1, k2, v1, v2 = _keys_and_values(
         cache_ptr, block_table_ptr, begin, end, page_stride, token_stride, PAGE_SIZE, HALF, BLOCK_K
     )
@@ -299,13 +300,13 @@ def launch_decode_attention(
 
     `cos_sin [max_position, size]`: cosines, then sines, of the turns (Su et al., RoFormer, arXiv 2104.09864) of pairs
     of numbers half a head apart. `cache [num_pages, num_keys, page_size, 2 size]`: keys, then values, contiguous in the
-    last dimension. `num_splits`: parts of the context. `overlaps`: programs start, and read the cache, while the kernel
-    before, which must have written nothing but `qkv`, still runs (programmatic dependent launch, sm_90 and later).
-    Raises ValueError for heads of another size.
+    last dimension. `num_splits`: parts of the context. `overlaps`: programs start while kernels before still run
+    (programmatic dependent launch, sm_90 and later); all but `qkv` must have been written before the last kernel that
+    was launched without, for it is read at once. Raises ValueError for heads of another size.
     """
     size, group = heads.size, heads.num_queries // heads.num_keys
-    if size < 32 or size & (size - 1):
-        raise ValueError(f"heads of {size}: must be a power of two, 32 or more")
+    if size < LEAST_SIZE or size & (size - 1):
+        raise ValueError(f"heads of {size}: must be a power of two, {LEAST_SIZE} or more")
     members = min(_MEMBERS, triton.next_power_of_2(group))
     num_programs = heads.num_keys * triton.cdiv(group, members)
     splits = triton.next_power_of_2(num_splits)

@@ -37,7 +37,7 @@ _BLOCK_S = 16
 # mantissa, which is 2^-14 times the value, whether normal or not; values of the vector, too, are taken smaller, by
 # 2^-4, and float16 then has all that bfloat16 holds between 2^-10 and a million: of what is less it loses bits, and
 # what is more is a million. With a norm it is what has been multiplied by the norm's weights, but not yet divided.
-_SHRUNK_BY = tl.constexpr(2.0**18)
+_SUMS_SMALLER_BY = tl.constexpr(2.0**18)
 _LOAD = "mov.b32 x{i}, 0;\n@p ld.global.b32 x{i}, [$16+{at}];\n"
 _HALVES = """shl.b32 t, x{i}, 16;
 and.b32 u, x{i}, 0xFFFF0000;
@@ -230,8 +230,8 @@ def _mxfp4_matvec_kernel(
         place = tl.arange(0, 128)
         has_sum = place % 16 < 4
         part += place % 4 * 16 + place // 16
-        tl.store(part, low_sums * _SHRUNK_BY, mask=has_sum)
-        tl.store(part + 8, high_sums * _SHRUNK_BY, mask=has_sum)
+        tl.store(part, low_sums * _SUMS_SMALLER_BY, mask=has_sum)
+        tl.store(part + 8, high_sums * _SUMS_SMALLER_BY, mask=has_sum)
     else:
         part += tl.arange(0, 4)[None, :] * 16 + tl.arange(0, 8)[:, None]  # [r, w]
         tl.store(part, tl.sum(tl.reshape(low_sums, (8, 4, 4)), 1))
@@ -311,7 +311,7 @@ def unpacked(matrix: Matrix) -> torch.Tensor:
 def mxfp4_matvec_reference(
     x: torch.Tensor | Shrunk, matrix: Matrix, added: torch.Tensor | None = None, is_gated: bool = False
 ) -> torch.Tensor:
-    """The same in PyTorch, `[1, N]` bfloat16; `is_gated`: `[1, N / 2]`, of `launch_mxfp4_swiglu`."""
+    """`launch_mxfp4_matvec` in PyTorch; `is_gated`: `launch_mxfp4_swiglu`, in bfloat16."""
     out = (x.whole() if isinstance(x, Shrunk) else x.float()) @ unpacked(matrix)
     if matrix.bias is not None:
         out = out + matrix.bias.float()
@@ -345,8 +345,8 @@ def launch_mxfp4_matvec(
     *,
     added: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`x [1, K]`, bfloat16 or shrunk, times the matrix by the Triton kernel, and `added [1, N]` to it: `[1, N]`
-    bfloat16. Raises ValueError for another `x`."""
+    """`x [1, K]`, bfloat16 or shrunk, times the matrix by the Triton kernel, and `added [1, N]` bfloat16 to it: the
+    same as that. Raises ValueError for others."""
     out = torch.empty((1, matrix.shape[1]), dtype=torch.bfloat16, device=matrix.weight.device)
     _launch(x, matrix, workspace, how, added=added, out=out)
     return out
@@ -361,7 +361,7 @@ def launch_mxfp4_add_norm(
     added: torch.Tensor,
     norm: Norm,
 ) -> tuple[torch.Tensor, Shrunk]:
-    """The same, and its norm for the product behind it."""
+    """What `launch_mxfp4_matvec` gives, and its norm for the product behind it. Raises ValueError likewise."""
     width, device = matrix.shape[1], matrix.weight.device
     out = torch.empty((1, width), dtype=torch.bfloat16, device=device)
     normed = Shrunk(torch.empty_like(out, dtype=torch.float16), torch.empty(width // TILE, device=device), norm.eps)
@@ -383,8 +383,13 @@ def launch_mxfp4_swiglu(
 
 
 def launch_shrink(x: torch.Tensor, norm: Norm) -> Shrunk:
-    """`x [1, width]` and a norm, for the first product."""
-    width = x.shape[-1]
+    """The norm of `x [1, width]` bfloat16, for a product. Raises ValueError where these are others.
+
+    That it waits for all kernels before it, and all kernels behind for it, is what overlapping ones rely on.
+    """
+    width = len(norm.weight)
+    if x.dtype != torch.bfloat16 or x.shape != (1, width):
+        raise ValueError(f"x {tuple(x.shape)} {x.dtype}: must be a row of {width} bfloat16")
     normed = Shrunk(torch.empty_like(x, dtype=torch.float16), torch.empty(1, device=x.device), norm.eps)
     _shrink_kernel[(1,)](
         x.contiguous(), norm.weight, normed.values, normed.squares, width, BLOCK=triton.next_power_of_2(width)
@@ -408,6 +413,8 @@ def _launch(
     dtype = torch.float16 if isinstance(x, Shrunk) else torch.bfloat16
     if values.dtype != dtype or values.shape != (1, height):
         raise ValueError(f"x {tuple(values.shape)} {values.dtype}: must be a row of {height}, bfloat16 or shrunk")
+    if added is not None and (added.dtype != torch.bfloat16 or added.shape != (1, width)):
+        raise ValueError(f"added {tuple(added.shape)} {added.dtype}: must be a row of {width} bfloat16")
     num_groups = height // GROUP
     num_tiles = width // TILE
     num_splits = triton.cdiv(num_groups, _GROUPS * how.num_loops)
@@ -419,7 +426,7 @@ def _launch(
         weight,
         matrix.scales.view(torch.int16),
         weight if matrix.bias is None else matrix.bias,
-        weight if added is None else added,
+        weight if added is None else added.contiguous(),
         weight if norm is None else norm.weight,
         weight if out is None else out,
         weight if result is None else result.values,

@@ -21,11 +21,11 @@ class Norm:
 
 @dataclass(frozen=True)
 class Shrunk:
-    """A row as products on tensor cores take it: `values [1, width]` float16, a sixteenth of what they are, and what is
-    more than float16 holds is the most that it does.
+    """Rows as products on tensor cores take them: `values [num_rows, width]` float16, a sixteenth of what they are, and
+    what is more than float16 holds is the most that it does.
 
-    `squares`: float32, of what RMSNorm divides by, added up in any number of parts. `values` are multiplied by the
-    norm's weights then, and not divided yet.
+    `squares`: float32, for a single row whose RMSNorm is meant: the sum of its squares before the norm, in any number
+    of parts. `values` are multiplied by the norm's weights then, and not divided yet.
     """
 
     values: torch.Tensor
@@ -33,7 +33,7 @@ class Shrunk:
     eps: float = 0.0
 
     def whole(self) -> torch.Tensor:
-        """What it means, `[1, width]` float32."""
+        """What they mean, float32."""
         whole = 16 * self.values.float()
         if self.squares is not None:
             whole = whole * torch.rsqrt(self.squares.sum() / whole.shape[-1] + self.eps)

@@ -1,4 +1,4 @@
-"""A token of one request through a decoder's layers in four bits, in five kernels each.
+"""A token of one request through a decoder's layers in four bits, in five kernels each and one before the first.
 
 A product brings along what it is added to with the norm behind it, or its gate, and attention is one kernel.
 """
@@ -73,7 +73,7 @@ class TokenLayers:
     def _layer(
         self, layer: Layer, stream: torch.Tensor, normed: Shrunk, rows: Rows, following: Norm | None
     ) -> tuple[torch.Tensor, Shrunk | None]:
-        """That, and its norm `following`."""
+        """The sum of what was before a layer and what it adds, and the norm of it that is `following`."""
         qkv = launch_mxfp4_matvec(normed, layer.qkv, self.workspace, self._how("qkv"))
         attended = launch_decode_attention(
             qkv, layer.heads, layer.cos_sin, layer.cache, rows, self.workspace, overlaps=self.overlaps

@@ -12,7 +12,7 @@ from vllm_lvspec.kernels.attention_mass import _attention_mass_kernel, _join_log
 from vllm_lvspec.kernels.copy_slots import _copy_slots_kernel
 from vllm_lvspec.kernels.decode_attention import _decode_attention_kernel
 from vllm_lvspec.kernels.greedy_head import _greedy_head_kernel
-from vllm_lvspec.kernels.mxfp4_matvec import _mxfp4_matvec_kernel
+from vllm_lvspec.kernels.mxfp4_matvec import _mxfp4_matvec_kernel, _shrink_kernel
 from vllm_lvspec.kernels.relevance import _mean_of_top_kernel, _top_cosines_kernel
 from vllm_lvspec.kernels.silu_and_mul import _silu_and_mul_kernel
 
@@ -166,7 +166,7 @@ KERNELS = {
         for num_bytes in (1, 2, 4)
     },
     **{
-        f"decode_attention_{dtype}{'_of_norms' * has_norm}{'_overlapping' * overlaps}": ASTSource(
+        f"decode_attention_{dtype}_{half}{'_of_norms' * has_norm}{'_overlapping' * overlaps}": ASTSource(
             fn=_decode_attention_kernel,
             signature={
                 "qkv_ptr": f"*{dtype}",
@@ -204,7 +204,7 @@ KERNELS = {
             constexprs={
                 "GROUP": 7,
                 "MEMBERS": 4,
-                "HALF": 64,
+                "HALF": half,
                 "PAGE_SIZE": 16,
                 "HAS_NORM": has_norm,
                 "BLOCK_G": 16,
@@ -215,12 +215,13 @@ KERNELS = {
                 "OVERLAPS": overlaps,
             },
         )
-        for dtype, has_norm, overlaps in (
-            ("bf16", False, False),
-            ("bf16", True, False),
-            ("fp16", False, False),
-            ("fp32", False, False),
-            ("bf16", True, True),
+        for dtype, half, has_norm, overlaps in (
+            ("bf16", 64, False, False),
+            ("bf16", 128, False, False),
+            ("bf16", 64, True, False),
+            ("fp16", 64, False, False),
+            ("fp32", 64, False, False),
+            ("bf16", 64, True, True),
         )
     },
     **{
@@ -305,6 +306,18 @@ KERNELS = {
         )
         for weights, width in (("bf16", 3584), ("fp8e4nv", 3584), ("fp8e4nv", 2048))
     },
+    "shrink": ASTSource(
+        fn=_shrink_kernel,
+        signature={
+            "x_ptr": "*bf16",
+            "norm_ptr": "*bf16",
+            "shrunk_ptr": "*fp16",
+            "squares_ptr": "*fp32",
+            "width": "i32",
+            "BLOCK": "constexpr",
+        },
+        constexprs={"BLOCK": 4096},
+    ),
     **{
         f"silu_and_mul_{dtype}": ASTSource(
             fn=_silu_and_mul_kernel,
@@ -426,10 +439,11 @@ def lies_as_tensor_cores_take_it(ttgir: str) -> None:
 
 
 def waits_behind_its_weights(ptx: str) -> None:
-    """All weights are asked for before the kernel before is waited for, and nothing of the vector is."""
+    """All weights and scales are asked for before the kernel before is waited for, and nothing else is."""
     before, _, behind = ptx.partition("griddepcontrol.wait")
-    assert before.count("ld.global.v4.b32") == 16 and "st.global" not in before
-    assert "@p ld.global.b32" not in before and behind.count("@p ld.global.b32") >= 32
+    assert before.count("ld.global.v4.b32") == 16 and before.count("ld.global.v2.b32") == 8
+    assert before.count("ld.global") == 24 and "st.global" not in before
+    assert behind.count("@p ld.global.b32") >= 32
 
 
 def reads_ahead(ttgir: str, num_loops: int) -> None:

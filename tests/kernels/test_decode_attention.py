@@ -39,7 +39,7 @@ def case(lengths: list[int], heads: Heads, dtype: torch.dtype, device: torch.dev
 def normed(heads: Heads, dtype: torch.dtype, device: torch.device) -> Heads:
     generator = torch.Generator().manual_seed(1)
     weights = [(1 + 0.3 * torch.randn(heads.size, generator=generator)).to(dtype).to(device) for _ in range(2)]
-    norms = [Norm(weight, 1e-6) for weight in weights]
+    norms = [Norm(weight, 0.2) for weight in weights]
     return Heads(heads.num_queries, heads.num_keys, heads.size, heads.scale, *norms)
 
 
@@ -72,6 +72,11 @@ def ways(device: torch.device) -> list[dict[str, bool]]:
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability()[0] < 9:
         return [{}]
     return [{}, {"overlaps": True}]
+
+
+def test_large_heads_are_joined_some_at_a_time(device):
+    heads = Heads(7, 1, 256, 256**-0.5)
+    same(heads, case([200], heads, torch.float32, device), 16, Workspace(device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,7 +7,7 @@ from mxfp4 import random_matrix
 from vllm_lvspec.kernels.mxfp4_matvec import (
     _PRODUCTS,
     _PRODUCTS_OF_SHRUNK,
-    _SHRUNK_BY,
+    _SUMS_SMALLER_BY,
     How,
     Matrix,
     launch_mxfp4_add_norm,
@@ -74,19 +74,23 @@ def normed_row(height: int, seed: int) -> tuple[torch.Tensor, Norm, torch.Tensor
     """A row, a norm, and the row's norm."""
     generator = torch.Generator().manual_seed(seed)
     x = (20 * torch.randn(1, height, generator=generator)).bfloat16()
-    norm = Norm((1 + 0.3 * torch.randn(height, generator=generator)).bfloat16(), 1e-6)
+    norm = Norm((1 + 0.3 * torch.randn(height, generator=generator)).bfloat16(), 50.0)  # an eighth of mean squares
     return x, norm, torch.nn.functional.rms_norm(x.float(), (height,), norm.weight.float(), norm.eps)
 
 
 def test_a_row_is_shrunk_as_products_take_it(device):
     x, norm, wanted = normed_row(96, seed=1)
-    x[0, 3], norm.weight[3] = 1e7, 1.0
-    x[0, 4] = torch.nan
+    x[0, 2:5] = torch.tensor([-1e7, 1e7, torch.nan])
+    norm.weight[2:5] = 1
     found = launch_shrink(x.to(device), Norm(norm.weight.to(device), norm.eps))
-    assert found.values[0, 3] == 65504 and found.values[0, 4].isnan() and found.squares.isnan().all()
+    assert found.values[0, 2:4].tolist() == [-65504, 65504]
+    assert found.values[0, 4].isnan() and found.squares.isnan().all()
     x, norm, wanted = normed_row(96, seed=1)
     found = launch_shrink(x.to(device), Norm(norm.weight.to(device), norm.eps))
     assert torch.allclose(found.whole().cpu(), wanted, rtol=2e-3, atol=1e-5)
+    for other in (x.float(), x[:, :64], x.repeat(2, 1)):
+        with pytest.raises(ValueError, match="must be a row of 96 bfloat16"):
+            launch_shrink(other, norm)
 
 
 @pytest.mark.parametrize(("height", "num_loops"), [(256, 1), (800, 1), (800, 3), (4480, 2)])
@@ -119,15 +123,18 @@ def test_a_gate_is_that_of_the_reference(height, num_loops, device):
     for how in ways(device, num_loops):
         found = launch_mxfp4_swiglu(shrunk, on(matrix, device), workspace, how)
         assert found.squares is None and near(found.whole(), wanted)
+        found = launch_mxfp4_swiglu(normed.bfloat16().to(device), on(matrix, device), workspace, how)
+        assert (found.whole().cpu() - wanted).norm() <= 0.02 * wanted.norm()
         assert not workspace.arrived.any()
 
 
 @pytest.mark.parametrize(("height", "num_loops"), [(256, 1), (800, 3)])
 def test_a_sum_and_its_norm_are_those_of_the_reference(height, num_loops, device):
-    matrix, dense = random_matrix(height, 320, seed=height)
+    matrix, dense = random_matrix(height, 320, seed=height, bias=height == 256)
     x, _, _ = normed_row(height, seed=height)
     added, norm, _ = normed_row(320, seed=3)
-    wanted = x.float() @ dense + added.float()
+    wanted = x.float() @ dense + added.float() + (0 if matrix.bias is None else matrix.bias.float())
+    norm = Norm(norm.weight, 0.1 * float(wanted.square().mean()))
     asked = {"added": added.to(device), "norm": Norm(norm.weight.to(device), norm.eps)}
     workspace = Workspace(device)
     for how in ways(device, num_loops):
@@ -186,6 +193,13 @@ def test_what_does_not_fit_is_refused(x):
         launch_mxfp4_matvec(x, matrix, Workspace(torch.device("cpu")))
 
 
+@pytest.mark.parametrize("added", [torch.zeros(1, 64), torch.zeros(64).bfloat16(), torch.zeros(1, 32).bfloat16()])
+def test_what_can_t_be_added_is_refused(added):
+    matrix, _ = random_matrix(64, 64, seed=8)
+    with pytest.raises(ValueError, match=r"added .*: must be a row of 64 bfloat16"):
+        launch_mxfp4_matvec(torch.zeros(1, 64).bfloat16(), matrix, Workspace(torch.device("cpu")), added=added)
+
+
 def test_a_gate_that_ends_within_a_tile_or_has_a_bias_is_refused():
     x = torch.zeros(1, 32).bfloat16()
     for width, bias in ((64, False), (192, False), (128, True)):
@@ -210,7 +224,7 @@ def test_what_is_written_in_ptx_is_what_the_reference_computes(is_shrunk, most):
     inputs += [np.where(lane < 4, 16 + 4 * lane, 0)] * 4
     inputs += [scales[lane // 4 * 2 + half] for half in range(2)]
     asm = (_PRODUCTS_OF_SHRUNK if is_shrunk else _PRODUCTS).value
-    sums = np.stack(ptx.run(asm, 8, inputs, memory))[:, ::4] * _SHRUNK_BY.value  # [half, word; r]
+    sums = np.stack(ptx.run(asm, 8, inputs, memory))[:, ::4] * _SUMS_SMALLER_BY.value  # [half, word; r]
     found = sums.reshape(2, 4, 8).transpose(1, 0, 2).reshape(64)
     # What is more than float16 holds is the most that it does.
     assert np.allclose(found, (x.float().clamp(max=16 * 65504) @ dense)[0], rtol=1e-3, atol=1e-2 * most)

@@ -1,4 +1,4 @@
-"""A drafted token through a drafter's layers in five kernels each, and to the next token in one more: this package's.
+"""A drafted token through a drafter's layers in five kernels each, with one before and one behind: this package's.
 
 vLLM takes eleven for a layer in four bits: norms, rotary embedding, writing keys and values, attention and joining its
 parts, and SwiGLU beside the four products. For a small drafter's single token most of them are more launch than work.
@@ -27,9 +27,9 @@ from vllm_lvspec.draft.batch import DraftBatch
 from vllm_lvspec.draft.drafter import NextTokens
 from vllm_lvspec.engine.few_rows import FewRowsSiluAndMul, OneRowLinear
 from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
-from vllm_lvspec.kernels.decode_attention import Heads, Rows
+from vllm_lvspec.kernels.decode_attention import LEAST_SIZE, Heads, Rows
 from vllm_lvspec.kernels.greedy_head import Head, in_eight_bits, launch_greedy_head, reads_e4m3
-from vllm_lvspec.kernels.mxfp4_matvec import GROUP, TILE
+from vllm_lvspec.kernels.mxfp4_matvec import TILE
 from vllm_lvspec.kernels.shared import Norm, Workspace
 from vllm_lvspec.kernels.token_layers import Layer, TokenLayers
 
@@ -134,7 +134,7 @@ def _heads(attention: Any) -> Heads | None:
     attn, query_norm, key_norm = attention.attn, None, None
     if attn.sliding_window is not None or attn.head_size != attn.head_size_v or attn.num_heads % attn.num_kv_heads:
         return None
-    if attn.head_size < GROUP or attn.head_size & (attn.head_size - 1):
+    if attn.head_size < LEAST_SIZE or attn.head_size & (attn.head_size - 1):
         return None
     if type(attention).forward is Qwen3Attention.forward or attention.qk_norm:
         query_norm, key_norm = _norm(attention.q_norm), _norm(attention.k_norm)

@@ -1,0 +1,79 @@
+"""A token through small layers, beside the reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vllm_lvspec.kernels.benchmark import Shape, cached, layers_of
+from vllm_lvspec.kernels.decode_attention import Rows
+from vllm_lvspec.kernels.shared import Workspace
+from vllm_lvspec.kernels.token_layers import Layer, TokenLayers, token_layers_reference
+
+CONTEXT = 90
+SHAPE = Shape(3, 128, 192, 4, 2)
+
+
+@pytest.fixture
+def token(device: torch.device) -> tuple[TokenLayers, Rows]:
+    found = cached(1, CONTEXT, SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.num_layers, device)
+    return TokenLayers(layers_of(SHAPE, found, device), Workspace(device)), found.rows
+
+
+def check(token: TokenLayers, rows: Rows, stream: torch.Tensor) -> None:
+    """The last layer's sum, and all keys and values."""
+    copies = [replace(layer, cache=layer.cache.clone()) for layer in token.layers]
+    wanted = token_layers_reference(copies, stream, rows).float()
+    found = token.through(stream, rows).float()
+    assert (found - wanted).norm() <= 0.02 * wanted.norm()
+    for layer, copy in zip(token.layers, copies, strict=True):
+        assert torch.allclose(layer.cache.float(), copy.cache.float(), rtol=0.05, atol=0.1)
+    assert not token.workspace.arrived.any()
+
+
+def test_tokens_are_what_they_are_by_the_reference(token, device):
+    """One behind the other, each read by the next; where kernels may overlap, they do."""
+    layers, rows = token
+    can_overlap = device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 9
+    for layers.overlaps in (False, True) if can_overlap else (False,):
+        for place in range(60, 63):
+            rows.positions.fill_(place)
+            rows.seq_lens.fill_(place + 1)
+            rows.slots.copy_(rows.block_table[:, place // 16].long() * 16 + place % 16)
+            check(layers, rows, torch.randn(1, SHAPE.hidden, device=device).bfloat16())
+
+
+def test_a_layer_by_itself_is_what_it_is_among_others(token, device):
+    layers, rows = token
+    stream = torch.randn(1, SHAPE.hidden, device=device).bfloat16()
+    whole = layers.through(stream, rows)
+    for layer in layers.layers:
+        stream = layers.layer(layer, stream, rows)
+    assert torch.equal(stream, whole)
+
+
+def test_every_norm_counts(token, device):
+    layers, rows = token
+    stream = torch.randn(1, SHAPE.hidden, device=device).bfloat16()
+    before = layers.through(stream, rows)
+
+    def with_another(layer: Layer, name: str) -> Layer:
+        norm = getattr(layer, name)
+        return replace(layer, **{name: replace(norm, weight=norm.weight.flip(0))})
+
+    for number, layer in enumerate(layers.layers):
+        for name in ("attention_norm", "mlp_norm"):
+            changed = [*layers.layers]
+            changed[number] = with_another(layer, name)
+            assert not torch.equal(TokenLayers(changed, layers.workspace).through(stream, rows), before)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # in the interpreter's exp
+def test_tuning_launches_every_product(token):
+    layers, _ = token
+    launched = []
+    layers.tune(lambda run: (run(), launched.append(run))[0] or len(launched))
+    assert len(launched) == 12 and set(layers.num_loops.values()) == {1}
+    assert not layers.workspace.arrived.any()
