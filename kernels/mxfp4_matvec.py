@@ -36,7 +36,7 @@ _BLOCK_S = 16
 # of an e2m1 value are put where float16 has its sign, the lowest bits of its exponent and the highest one of its
 # mantissa, which is 2^-14 times the value, whether normal or not; values of the vector, too, are taken smaller, by
 # 2^-4, and float16 then has all that bfloat16 holds between 2^-10 and a million: of what is less it loses bits, and
-# what is more is a million. With a norm it is what has been multiplied by the norm's weights, but not yet divided.
+# what is more is a million. A vector may be so already (`Shrunk`).
 _SUMS_SMALLER_BY = tl.constexpr(2.0**18)
 _LOAD = "mov.b32 x{i}, 0;\n@p ld.global.b32 x{i}, [$16+{at}];\n"
 _HALVES = """shl.b32 t, x{i}, 16;
@@ -345,8 +345,8 @@ def launch_mxfp4_matvec(
     *,
     added: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`x [1, K]`, bfloat16 or shrunk, times the matrix by the Triton kernel, and `added [1, N]` bfloat16 to it: the
-    same as that. Raises ValueError for others."""
+    """By the Triton kernel `x [1, K]`, bfloat16 or shrunk, times the matrix, plus `added [1, N]` bfloat16: `[1, N]`
+    bfloat16. Raises ValueError for others."""
     out = torch.empty((1, matrix.shape[1]), dtype=torch.bfloat16, device=matrix.weight.device)
     _launch(x, matrix, workspace, how, added=added, out=out)
     return out
