@@ -167,6 +167,25 @@ def mxfp4_matvec_case(height: int, width: int, device: torch.device) -> Case:
     )
 
 
+class Shape(NamedTuple):
+    """A text model's."""
+
+    num_layers: int
+    hidden: int
+    inner: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int = 128
+
+
+MODELS = {
+    "7B": Shape(28, 3584, 18944, 28, 4),
+    "3B": Shape(36, 2048, 11008, 16, 2),
+    "1.5B": Shape(28, 1536, 8960, 12, 2),
+    "0.5B": Shape(24, 896, 4864, 14, 2, head_size=64),
+}
+
+
 class Cached(NamedTuple):
     """Rows of one more token each than `caches` have."""
 
@@ -181,13 +200,11 @@ class Cached(NamedTuple):
         return num_rows * ((length + 1) * self.heads.num_keys * 2 + self.heads.num_queries * 2) * size * 2
 
 
-def cached(
-    num_rows: int, context: int, num_heads: int, num_kv_heads: int, num_layers: int, device: torch.device
-) -> Cached:
-    block_size, size = 16, 128
+def cached(num_rows: int, context: int, shape: Shape, device: torch.device) -> Cached:
+    block_size, size, num_kv_heads = 16, shape.head_size, shape.num_kv_heads
     blocks = -(-context // block_size)
-    shape = num_rows * blocks, block_size, num_kv_heads, 2 * size
-    caches = [torch.randn(shape, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(num_layers)]
+    pages = num_rows * blocks, block_size, num_kv_heads, 2 * size
+    caches = [torch.randn(pages, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(shape.num_layers)]
     table = torch.randperm(num_rows * blocks, device=device).int().view(num_rows, blocks)
     angles = torch.rand(context, size // 2, device=device) * 6
     place = context - 1
@@ -197,30 +214,22 @@ def cached(
         torch.full((num_rows,), context, device=device, dtype=torch.int32),
         table,
     )
-    heads = Heads(num_heads, num_kv_heads, size, size**-0.5)
+    heads = Heads(shape.num_heads, num_kv_heads, size, size**-0.5)
     return Cached(heads, torch.cat([angles.cos(), angles.sin()], dim=-1).bfloat16(), caches, rows)
 
 
-def decode_attention_case(num_rows: int, context: int, num_heads: int, num_kv_heads: int, device: torch.device) -> Case:
-    heads, cos_sin, (cache,), rows = found = cached(num_rows, context, num_heads, num_kv_heads, 1, device)
-    qkv = torch.randn(num_rows, (num_heads + 2 * num_kv_heads) * heads.size, device=device, dtype=torch.bfloat16)
+def decode_attention_case(num_rows: int, context: int, shape: Shape, device: torch.device) -> Case:
+    heads, cos_sin, (cache,), rows = found = cached(num_rows, context, shape._replace(num_layers=1), device)
+    width = (heads.num_queries + 2 * heads.num_keys) * heads.size
+    qkv = torch.randn(num_rows, width, device=device, dtype=torch.bfloat16)
     workspace = Workspace(device)
+    of_keys = f"{context} x {heads.num_keys} keys of {heads.size}"
     return Case(
-        f"decode_attention, {num_rows} x {num_heads} queries, {context} x {num_kv_heads} keys",
+        f"decode_attention, {num_rows} x {heads.num_queries} queries, {of_keys}",
         lambda: launch_decode_attention(qkv, heads, cos_sin, cache, rows, workspace),
         lambda: decode_attention_reference(qkv, heads, cos_sin, cache, rows),
         found.num_bytes,
     )
-
-
-class Shape(NamedTuple):
-    """A text model's."""
-
-    num_layers: int
-    hidden: int
-    inner: int
-    num_heads: int
-    num_kv_heads: int
 
 
 def layers_of(shape: Shape, found: Cached, device: torch.device) -> list[Layer]:
@@ -245,7 +254,7 @@ def layers_of(shape: Shape, found: Cached, device: torch.device) -> list[Layer]:
 
 def token_layers_case(name: str, shape: Shape, context: int, overlaps: bool, device: torch.device) -> Case:
     """Products loop as often as is fastest, as at an engine's start."""
-    found = cached(1, context, shape.num_heads, shape.num_kv_heads, shape.num_layers, device)
+    found = cached(1, context, shape, device)
     layers, rows = layers_of(shape, found, device), found.rows
     token = TokenLayers(layers, Workspace(device))
     token.overlaps = overlaps
@@ -293,10 +302,11 @@ def cases(device: torch.device) -> Iterator[Case]:
     attentions = [(64, 25088, 12544, 40, 8), (64, 25088, 12544, 5, 1)] if large else [(16, 1568, 784, 8, 2)]
     copies = [(10, 64), (1250, 64)] if large else [(125, 4)]
     matrices = [(3584, 4608), (3584, 37888), (18944, 3584)] if large else [(256, 512)]
-    tokens = [(1, 1300, 28, 4), (1, 1300, 16, 2), (8, 1300, 28, 4)] if large else [(1, 65, 14, 2)]
-    heads = [(VOCABULARY, 3584), (VOCABULARY, 2048)] if large else [(1500, 128)]
+    models = MODELS if large else {"a small model": Shape(2, 128, 192, 2, 1)}
+    context = 1300 if large else 65
+    tokens = [(1, "7B"), (1, "3B"), (8, "7B"), (1, "0.5B")] if large else [(1, "a small model")]
+    heads = [(VOCABULARY, width) for width in (3584, 2048, 1536, 896)] if large else [(1500, 128)]
     widths = (False, True) if reads_e4m3(device) else (False,)
-    models = {"7B": Shape(28, 3584, 18944, 28, 4), "3B": Shape(36, 2048, 11008, 16, 2)}
     can_overlap = large and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
     yield from (relevance_case(n, 10, visual, 3584, device) for n, visual in videos)
     yield from (acceptance_case(n, 10, device) for n in (1, 32, 256))
@@ -304,12 +314,12 @@ def cases(device: torch.device) -> Iterator[Case]:
     yield from (attention_mass_case(*sizes, device) for sizes in attentions)
     yield from (copy_slots_case(*sizes, device) for sizes in copies)
     yield from (mxfp4_matvec_case(*sizes, device) for sizes in matrices)
-    yield from (decode_attention_case(*sizes, device) for sizes in tokens)
+    yield from (decode_attention_case(num_rows, context, models[name], device) for num_rows, name in tokens)
     yield from (greedy_head_case(*sizes, in_eight, device) for sizes in heads for in_eight in widths)
     yield silu_and_mul_case(1, 18944, device)
-    for name, shape in models.items() if large else {"a small model": Shape(2, 128, 192, 2, 1)}.items():
+    for name, shape in models.items():
         for overlaps in (False, True)[: 1 + can_overlap]:
-            yield token_layers_case(name, shape, 1300 if large else 65, overlaps, device)
+            yield token_layers_case(name, shape, context, overlaps, device)
 
 
 def seconds(call: Callable[[], object], device: torch.device, in_graph: bool = False) -> float:

@@ -21,6 +21,8 @@ from .shared import Norm, Workspace
 _LARGEST = 448.0  # that e4m3 has
 _ROWS_AT_ONCE = 4096  # whose values are there in float32 while a head is rounded
 _BLOCK_V = 32  # tokens of a program
+_BLOCK_H = 256  # columns at once: with fewer, threads have too few of x to be loaded without waiting
+_EXACT_H = 512  # of the candidates
 _BLOCK_P = 1024  # programs whose best are looked at together
 _NUM_STAGES = 4  # of loads on their way
 _NUM_CANDIDATES = 4  # that compete once more
@@ -46,16 +48,12 @@ def _logits(
     # There is no product of matrices in it, for which alone the compiler would have loads on the way by itself.
     for first in tl.range(0, WIDTH, BLOCK_H, num_stages=NUM_STAGES):
         column = first + tl.arange(0, BLOCK_H)
-        place = column
-        if WIDTH % BLOCK_H:  # behind the last column it is read again
-            place = tl.minimum(column, WIDTH - 1)
-        weight = tl.load(rows_ptr[:, None] + place[None, :]).to(tl.float32)
-        x = tl.load(x_ptr + place).to(tl.float32)
-        if WIDTH % BLOCK_H:
-            x = tl.where(column < WIDTH, x, 0.0)
+        is_column = (column < WIDTH) | (WIDTH % BLOCK_H == 0)
+        weight = tl.load(rows_ptr[:, None] + column[None, :], mask=is_column[None, :], other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + column, mask=is_column, other=0.0).to(tl.float32)
         if HAS_NORM:
             squares += x * x
-            x *= tl.load(norm_ptr + place).to(tl.float32)
+            x *= tl.load(norm_ptr + column, mask=is_column, other=0.0).to(tl.float32)
         sums += weight * x[None, :]
     logits = tl.sum(sums, 1)
     if HAS_NORM:
@@ -227,11 +225,6 @@ def greedy_head_reference(
     return winner, logits.softmax(-1)[0, winner]
 
 
-def _block(width: int, most: int) -> int:
-    """A power of two up to `most` that divides the width; 128 where it has no such, and loads are slower."""
-    return next((size for size in (512, 256, 128, 64) if size <= most and width % size == 0), 128)
-
-
 def launch_greedy_head(
     x: torch.Tensor, head: Head, num_tokens: int, workspace: Workspace, norm: Norm | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,8 +258,8 @@ def launch_greedy_head(
         HAS_NORM=norm is not None,
         HAS_SCALES=head.scales is not None,
         BLOCK_V=_BLOCK_V,
-        BLOCK_H=_block(width, 256),
-        EXACT_H=_block(width, 512),
+        BLOCK_H=_BLOCK_H,
+        EXACT_H=_EXACT_H,
         BLOCK_P=_BLOCK_P,
         NUM_STAGES=_NUM_STAGES,
         NUM_CANDIDATES=_NUM_CANDIDATES,

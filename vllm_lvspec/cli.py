@@ -19,7 +19,7 @@ Family = Annotated[str, typer.Option(help="bundled pair: qwen2_5_vl, llava_onevi
 Target = Annotated[str | None, typer.Option(help="another target: a folder or a name of the hub")]
 Draft = Annotated[str | None, typer.Option(help="another drafter")]
 Shape = Annotated[
-    str | None, typer.Option(help="serve the target at the cost of this text model: 0.5b, 3b, 7b, 32b, 72b")
+    str | None, typer.Option(help="serve the target at the cost of this text model: 0.5b, 1.5b, 3b, 7b, 32b, 72b")
 ]
 DType = Annotated[str | None, typer.Option(help="float32 for the bundled pairs, else vLLM's choice")]
 

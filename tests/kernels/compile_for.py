@@ -11,7 +11,7 @@ from vllm_lvspec.kernels.advance_decode import _advance_decode_kernel
 from vllm_lvspec.kernels.attention_mass import _attention_mass_kernel, _join_log_sums_kernel, _log_sums_kernel
 from vllm_lvspec.kernels.copy_slots import _copy_slots_kernel
 from vllm_lvspec.kernels.decode_attention import _decode_attention_kernel
-from vllm_lvspec.kernels.greedy_head import _greedy_head_kernel
+from vllm_lvspec.kernels.greedy_head import _BLOCK_H, _EXACT_H, _greedy_head_kernel
 from vllm_lvspec.kernels.mxfp4_matvec import _mxfp4_matvec_kernel, _shrink_kernel
 from vllm_lvspec.kernels.relevance import _mean_of_top_kernel, _top_cosines_kernel
 from vllm_lvspec.kernels.silu_and_mul import _silu_and_mul_kernel
@@ -217,6 +217,7 @@ KERNELS = {
         )
         for dtype, half, has_norm, overlaps in (
             ("bf16", 64, False, False),
+            ("bf16", 32, False, False),
             ("bf16", 128, False, False),
             ("bf16", 64, True, False),
             ("fp16", 64, False, False),
@@ -297,14 +298,14 @@ KERNELS = {
                 "HAS_NORM": True,
                 "HAS_SCALES": weights != "bf16",
                 "BLOCK_V": 32,
-                "BLOCK_H": 256,
-                "EXACT_H": 512,
+                "BLOCK_H": _BLOCK_H,
+                "EXACT_H": _EXACT_H,
                 "BLOCK_P": 1024,
                 "NUM_STAGES": 4,
                 "NUM_CANDIDATES": 4,
             },
         )
-        for weights, width in (("bf16", 3584), ("fp8e4nv", 3584), ("fp8e4nv", 2048))
+        for weights, width in (("bf16", 3584), ("fp8e4nv", 3584), ("fp8e4nv", 2048), ("fp8e4nv", 896))
     },
     "shrink": ASTSource(
         fn=_shrink_kernel,
@@ -335,7 +336,7 @@ KERNELS = {
 }
 
 # Eight bits a weight are what NVIDIA's GPUs have from sm_89 on.
-FEWEST = {"greedy_head_fp8e4nv_3584": 89, "greedy_head_fp8e4nv_2048": 89}
+FEWEST = {f"greedy_head_fp8e4nv_{width}": 89 for width in (3584, 2048, 896)}
 
 BINARIES = {"cuda": "cubin", "hip": "hsaco"}
 

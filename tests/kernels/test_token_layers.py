@@ -15,14 +15,18 @@ from vllm_lvspec.kernels.token_layers import Layer, TokenLayers, token_layers_re
 CONTEXT = 90
 # The interpreter cuts bfloat16's bits off where GPUs round them: 0.27 % of each of six sums, and all to one side.
 TOLERANCE = 0.01 if torch.cuda.is_available() else 0.03
-SHAPE = Shape(3, 128, 192, 4, 2)
+SHAPES = [Shape(3, 128, 192, 4, 2), Shape(2, 192, 320, 7, 1, 64)]
 
 
-@pytest.fixture
-def token(device: torch.device) -> tuple[TokenLayers, Rows]:
+@pytest.fixture(params=SHAPES, ids=["heads of 128", "heads of 64"])
+def token(request, device: torch.device) -> tuple[TokenLayers, Rows]:
     torch.manual_seed(0)
-    found = cached(1, CONTEXT, SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.num_layers, device)
-    return TokenLayers(layers_of(SHAPE, found, device), Workspace(device)), found.rows
+    found = cached(1, CONTEXT, request.param, device)
+    return TokenLayers(layers_of(request.param, found, device), Workspace(device)), found.rows
+
+
+def embedding(token: TokenLayers, device: torch.device) -> torch.Tensor:
+    return torch.randn(1, token.layers[0].qkv.shape[0], device=device).bfloat16()
 
 
 def check(token: TokenLayers, rows: Rows, stream: torch.Tensor) -> None:
@@ -45,12 +49,12 @@ def test_tokens_are_what_they_are_by_the_reference(token, device):
             rows.positions.fill_(place)
             rows.seq_lens.fill_(place + 1)
             rows.slots.copy_(rows.block_table[:, place // 16].long() * 16 + place % 16)
-            check(layers, rows, torch.randn(1, SHAPE.hidden, device=device).bfloat16())
+            check(layers, rows, embedding(layers, device))
 
 
 def test_a_layer_by_itself_is_what_it_is_among_others(token, device):
     layers, rows = token
-    stream = torch.randn(1, SHAPE.hidden, device=device).bfloat16()
+    stream = embedding(layers, device)
     whole = layers.through(stream, rows)
     for layer in layers.layers:
         stream = layers.layer(layer, stream, rows)
@@ -59,7 +63,7 @@ def test_a_layer_by_itself_is_what_it_is_among_others(token, device):
 
 def test_every_norm_counts(token, device):
     layers, rows = token
-    stream = torch.randn(1, SHAPE.hidden, device=device).bfloat16()
+    stream = embedding(layers, device)
     before = layers.through(stream, rows)
 
     def with_another(layer: Layer, name: str) -> Layer:

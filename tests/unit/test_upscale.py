@@ -223,7 +223,7 @@ def test_bfloat16_weights_are_scaled_in_float32():
 
 def test_the_shapes_are_those_of_the_published_models():
     assert {name: shape.head_dim for name, shape in TEXT_SHAPES.items()} == {
-        "0.5b": 64, "3b": 128, "7b": 128, "32b": 128, "72b": 128,
+        "0.5b": 64, "1.5b": 128, "3b": 128, "7b": 128, "32b": 128, "72b": 128,
     }  # fmt: skip
     billions = {
         # q, k, v and o, and the MLP; embeddings and vision are the small model's
@@ -233,7 +233,9 @@ def test_the_shapes_are_those_of_the_published_models():
         / 1e9
         for name, s in TEXT_SHAPES.items()
     }
-    assert billions == pytest.approx({"0.5b": 0.358, "3b": 2.77, "7b": 6.53, "32b": 31.2, "72b": 70.2}, rel=0.01)
+    assert billions == pytest.approx(
+        {"0.5b": 0.358, "1.5b": 1.31, "3b": 2.77, "7b": 6.53, "32b": 31.2, "72b": 70.2}, rel=0.01
+    )
 
 
 @pytest.mark.parametrize(
@@ -280,7 +282,7 @@ def test_other_families_shapes_and_weights_are_refused_by_name(tmp_path):
     config, _ = qwen()
     with pytest.raises(LVSpecConfigError, match=r"model_type='qwen2': must be one of qwen2_5_vl, llava_onevision"):
         hf_overrides(Qwen2Config(**TEXT), SMALL)
-    with pytest.raises(LVSpecConfigError, match=r"shape='8b': must be one of 0.5b, 3b, 7b, 32b, 72b"):
+    with pytest.raises(LVSpecConfigError, match=r"shape='8b': must be one of 0.5b, 1.5b, 3b, 7b, 32b, 72b"):
         upscaled(str(tmp_path), "8b")
     with pytest.raises(LVSpecConfigError, match=r"num_attention_heads=9: must be a multiple of num_key_value_heads=2"):
         TextShape(72, 2, 9, 2, 24)

@@ -315,7 +315,7 @@ def start_from(model: Any, checkpoint: Path) -> None:
 
 def main(
     family_name: Annotated[str, typer.Argument(metavar="FAMILY", help=" or ".join(FAMILIES))],
-    role: Annotated[str, typer.Argument(help="target or draft")],
+    role: Annotated[str, typer.Argument(help="target, draft, or another of the family's shapes")],
     out: Annotated[Path, typer.Option(help="checkpoint's folder; state.pt in it is what a stopped run goes on from")],
     steps: int = 2000,
     batch_size: int = 12,
@@ -375,7 +375,7 @@ def main(
             image = family.SEES_IMAGES and step % IMAGE_EVERY == IMAGE_EVERY - 1
             batch = Batch(family, tokenizer, step, batch_size, image, long_answers=step >= short_share * steps)
             batch.to(device)
-            kept = _pruned_view(family, step) if role == "draft" and not image else None
+            kept = _pruned_view(family, step) if role != "target" and not image else None
             rate = _learning_rate(learning_rate, step, steps)
             for group in (g for optimizer in optimizers for g in optimizer.param_groups):
                 group["lr"] = rate

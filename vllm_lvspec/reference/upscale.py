@@ -71,6 +71,7 @@ class TextShape:
 
 TEXT_SHAPES = {
     "0.5b": TextShape(896, 24, 14, 2, 4864),
+    "1.5b": TextShape(1536, 28, 12, 2, 8960),  # Qwen2-VL-2B's
     "3b": TextShape(2048, 36, 16, 2, 11008),
     "7b": TextShape(3584, 28, 28, 4, 18944),
     "32b": TextShape(5120, 64, 40, 8, 27648),
