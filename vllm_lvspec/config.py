@@ -16,6 +16,7 @@ from vllm_lvspec.verify.sources import AnchorSource
 
 METHOD: Literal["lvspec"] = "lvspec"
 SELF = "self"  # the target as its own drafter
+AUTO = "auto"
 MAX_TRACES = 256
 MAX_SPECULATIVE_TOKENS = 128  # vLLM's rejection sampler takes no longer chains
 
@@ -101,10 +102,11 @@ class LVSpecConfig(BaseModel):
         "of its own",
     )
     draft_quantization: str | None = Field(
-        None,
+        AUTO,
         min_length=1,
         description="how the weights of the drafter's language model are quantised, a name that vLLM's --quantization "
-        "takes, such as fp8 or mxfp4; by default what the drafter's checkpoint says",
+        "takes, such as fp8 or mxfp4; none: as the drafter's checkpoint says; auto: mxfp4 for drafters in bfloat16 on "
+        "Hopper GPUs, else likewise",
     )
     draft_hf_overrides: dict[str, Any] = Field(
         {}, description="what is changed in the drafter's configuration, as vLLM's --hf-overrides changes the target's"
@@ -130,6 +132,12 @@ class LVSpecConfig(BaseModel):
         description="how many finished requests are kept token by token, with why each was emitted, for whoever may "
         "ask the server; 0: none",
     )
+
+    @field_validator("draft_quantization")
+    @classmethod
+    def _is_method_auto_or_none(cls, value: str | None) -> str | None:
+        name = (value or "none").lower()
+        return {"none": None, AUTO: AUTO}.get(name, value)
 
     @field_validator("pruning")
     @classmethod

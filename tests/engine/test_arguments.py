@@ -21,6 +21,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_lvspec.config import LVSpecConfigError
 from vllm_lvspec.draft.pairs import default_draft_model
+from vllm_lvspec.engine import compatibility
 from vllm_lvspec.engine.arguments import PROPOSER, SCHEDULER, lvspec_config
 from vllm_lvspec.engine.compatibility import draft_model_config, draft_vllm_config
 from vllm_lvspec.engine.versions import TESTED, installed_vllm, require_tested_vllm
@@ -350,6 +351,22 @@ def test_target_and_drafter_are_quantised_each_in_its_own_way(pair, int8_drafter
         ours = draft_vllm_config(theirs, draft_model_config(theirs.model_config, lvspec_config(theirs)))
         methods = [c.quant_config and c.quant_config.get_name() for c in (theirs, ours)]
         assert methods == [of_target, of_drafter]
+
+
+def test_a_drafter_is_in_four_bits_by_itself_where_that_is_known_to_pay(pair, int8_drafter, monkeypatch):
+    for is_hopper, drafter, dtype, name, method in (
+        (False, pair[1], "bfloat16", "auto", None),
+        (True, pair[1], "bfloat16", "auto", "mxfp4"),
+        (True, pair[1], "bfloat16", "none", None),
+        (True, pair[1], "float32", "auto", None),
+        (True, int8_drafter, "bfloat16", "auto", "compressed-tensors"),
+    ):
+        monkeypatch.setattr(compatibility, "_is_hopper", lambda is_hopper=is_hopper: is_hopper)
+        theirs = config_of(EngineArgs(model=pair[0], dtype=dtype, speculative_config=quantised(name, drafter)))
+        ours = draft_model_config(theirs.model_config, lvspec_config(theirs))
+        assert ours.quantization == method
+        if method == "mxfp4":
+            assert draft_vllm_config(theirs, ours).quant_config.get_name() == "online"
 
 
 def test_the_drafter_has_kernels_of_its_own_and_those_that_the_user_asks_for(pair, monkeypatch):

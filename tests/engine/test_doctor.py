@@ -92,7 +92,7 @@ def counted(quantization: str | None = None, num_ranks: int = 1, encoder: str = 
         model_arch_config=SimpleNamespace(quantization_config=None),
         multimodal_config=SimpleNamespace(mm_encoder_tp_mode=encoder),
     )
-    return doctor._weights("drafter", model, num_ranks, None, quantization)
+    return doctor._weights("drafter", model, num_ranks, None)
 
 
 def test_weights_are_counted_as_they_are_loaded():
@@ -114,10 +114,15 @@ def test_weights_are_counted_as_they_are_loaded():
 
 def test_the_target_is_counted_as_it_is_quantised_and_encoders_as_they_are_split(monkeypatch):
     counted = []
-    monkeypatch.setattr(doctor, "_weights", lambda *args: counted.append(args) or Part(args[0], 0, ""))
+    monkeypatch.setattr(
+        doctor, "_weights", lambda name, model, *args: counted.append((name, model, *args)) or Part(name, 0, "")
+    )
     code, shown = run("--kv-cache-memory-bytes", "256M", "--dtype", "bfloat16", "--quantization", "fp8_per_channel")
     assert code == FINE, shown
-    assert [(name, *rest) for name, _, size, _, *rest in counted] == [("target", "fp8_per_channel"), ("drafter", None)]
+    assert [(name, model.quantization) for name, model, *_ in counted] == [
+        ("target", "fp8_per_channel"),
+        ("drafter", None),
+    ]
     monkeypatch.setattr("vllm_lvspec.engine.compatibility.fit_encoder", lambda model, size: counted.append(size))
     run("--kv-cache-memory-bytes", "256M")
     assert counted.count(1) == 2, "where the engine is checked, and where it is counted"

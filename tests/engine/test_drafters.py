@@ -366,6 +366,18 @@ def test_a_target_that_no_partner_is_known_of_drafts_for_itself(engines):
     assert engine.stats()["drafted_tokens"] > before + 100
 
 
+def test_the_target_drafts_for_itself_when_the_states_of_one_of_its_layers_are_compared(engines):
+    """Which it then returns beside the last ones, to the drafter, too."""
+    compared = {"policy": "lvspec", "anchor_source": "layer:1"}
+    engine = engines(QWEN, lvspec={**SELF, **compared, "pruning": "none"})
+    requests = generate_requests(QWEN, 18, seed=3)
+    got = engine.run(requests)
+    # All but what is drafted behind the last token that fits.
+    assert engine.metric("spec_decode_num_accepted_tokens") > 0.9 * engine.stats()["drafted_tokens"] > 90
+    assert token_ids(got) == token_ids(engines(QWEN).run(requests))
+    nothing_left(engine)
+
+
 # Load -----------------------------------------------------------------------------------------------------------------
 
 
@@ -800,6 +812,18 @@ def test_what_is_heard_beside_a_video_has_no_scores(monkeypatch):
     of_video, of_audio, of_image = scores.of("a")
     assert of_video.tolist() == [1.0, 1.5, 2.0, 2.5] and of_image.tolist() == [0.0, 0.5]
     assert not len(of_audio)
+
+
+def test_an_item_that_no_text_has_asked_about_yet_has_no_scores_and_neither_have_those_before(monkeypatch):
+    monkeypatch.setattr(scoring, "get_tp_group", lambda: SimpleNamespace(world_size=1))
+    scores = scoring.PromptScores.__new__(scoring.PromptScores)
+    features = [
+        MultiModalFeatureSpec(data=None, modality="video", identifier=str(at), mm_position=PlaceholderRange(at, 4))
+        for at in (2, 9)
+    ]
+    scores.runner = SimpleNamespace(requests={"a": SimpleNamespace(mm_features=features)})
+    scores._prompts = {"a": scoring._Prompt(torch.arange(4.0), num_queries=2)}
+    assert scores.of("a") == [None, None]
 
 
 def test_where_a_cache_cannot_be_copied_the_target_computes_what_it_sees(fresh, oracle, monkeypatch):

@@ -128,6 +128,7 @@ def test_as_served_strict_says_what_the_target_says_but_for_rounding(family, alo
         pytest.param({"pruning": "redundancy"}, id="redundancy"),
         pytest.param({"draft_quantization": "fp8"}, id="fp8"),
         pytest.param({"draft_quantization": "mxfp4"}, id="mxfp4"),
+        pytest.param({"draft_quantization": "none"}, id="bfloat16"),
     ],
 )
 def test_every_view_drafts_under_cuda_graphs(view, alone):

@@ -15,7 +15,7 @@ from workload import QWEN, token_ids, turn
 
 from vllm_lvspec.bench.samples import videofacts
 from vllm_lvspec.config import LVSpecConfigError
-from vllm_lvspec.engine import compatibility
+from vllm_lvspec.engine import compatibility, draft_model
 from vllm_lvspec.reference import PAIRS
 
 PAIR = PAIRS["qwen2_5_vl"]
@@ -146,6 +146,18 @@ def test_a_drafter_without_a_language_model_by_that_name_is_not_left_as_it_is_in
     monkeypatch.setattr(compatibility, "NOT_OF_LANGUAGE", "re:.*")
     with pytest.raises(LVSpecConfigError, match=r"draft_quantization=.fp8_per_channel.: .* the name language_model"):
         run("target in int8", "drafter", "bfloat16", "fp8_per_channel")
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="GPUs have kernels for it")
+def test_what_nobody_asked_to_be_quantised_is_loaded_as_it_is_where_it_can_not_be(run: Runs, monkeypatch):
+    monkeypatch.setattr(compatibility, "_is_hopper", lambda: True)
+    warnings: list[str] = []
+    monkeypatch.setattr(draft_model.logger, "warning", lambda text, *args: warnings.append(text % args))
+    automatic = run("target", "drafter", "bfloat16", "auto")
+    (why,) = warnings
+    assert why.startswith("lvspec: the drafter is not quantised: draft_quantization='mxfp4'")
+    assert automatic.layers["drafter"] == {"language_model": {"torch.bfloat16"}, "visual": {"torch.bfloat16"}}
+    assert automatic.tokens_per_step == pytest.approx(run("target", "drafter").tokens_per_step, rel=0.15)
 
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="GPUs have kernels for it")

@@ -150,7 +150,7 @@ def parsed(**settings):
         ("probability_floor", [0, 0.3, 1]),
         ("shift_window", [0, 128]),
         ("shift_direction", ["both", "back"]),
-        ("draft_quantization", [None, "fp8", "compressed-tensors"]),
+        ("draft_quantization", [None, "auto", "fp8", "compressed-tensors"]),
         ("fly_window", [0, 6, 128]),
         ("fly_entropy", [0, 0.3, 5.0]),
     ],
@@ -158,6 +158,11 @@ def parsed(**settings):
 def test_the_ends_of_every_range_are_in_it(key, values):
     for value in values:
         assert getattr(parsed(**{key: value}), key) == value
+
+
+def test_no_quantisation_has_a_name_and_what_is_chosen_another():
+    assert parsed().draft_quantization == "auto" == parsed(draft_quantization="Auto").draft_quantization
+    assert parsed(draft_quantization="none").draft_quantization is None
 
 
 @pytest.mark.parametrize(

@@ -393,14 +393,12 @@ def _measure(
     draft = str(PAIRS[options.family].draft)
     config: dict[str, Any] = {
         "method": METHOD, "model": draft, "policy": options.policy, "only_if_faster": False,
-        "num_speculative_tokens": max(options.spec_tokens),
+        "num_speculative_tokens": max(options.spec_tokens), "draft_quantization": drafter.quantization,
     }  # fmt: skip
     if current_platform.is_cuda_alike() and len(options.spec_tokens) > 1:
         config["draft_length"] = "adaptive"  # under which a request's drafts of any length have a CUDA graph
     if drafter.shape is not None:
         give_shape(options.shape(drafter.shape), config, arguments)
-    if drafter.quantization is not None:
-        config["draft_quantization"] = drafter.quantization
     with running_engine(model, config, most, arguments) as llm:
         steered = SteeredDrafter(llm)
         payoff = steered.drafter.payoff

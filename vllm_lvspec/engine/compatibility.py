@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from vllm import envs
 from vllm.config import CompilationConfig, CompilationMode, ModelConfig, VllmConfig
@@ -21,7 +22,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.tokenizers.registry import get_tokenizer
 
-from vllm_lvspec.config import SELF, LVSpecConfig, LVSpecConfigError
+from vllm_lvspec.config import AUTO, SELF, LVSpecConfig, LVSpecConfigError
 from vllm_lvspec.verify.sources import AnchorSource
 
 # Layers that stay as they are where weights are quantised as they are loaded: all but the language model's, which are
@@ -35,6 +36,7 @@ def draft_model_config(target: ModelConfig, config: LVSpecConfig) -> ModelConfig
 
     Raises LVSpecConfigError where the drafter can't be read, or not be quantised as `config` says.
     """
+    config = settle_quantization(target, config)
     assert config.model is not None
     multimodal = target.get_multimodal_config()
     path = Path(config.model)
@@ -78,6 +80,25 @@ def draft_model_config(target: ModelConfig, config: LVSpecConfig) -> ModelConfig
             config.draft_quantization, QuantizationConfigArgs(ignore=[NOT_OF_LANGUAGE])
         )
     return draft
+
+
+def settle_quantization(target: ModelConfig, config: LVSpecConfig) -> LVSpecConfig:
+    """`config` with what `auto` means for this drafter on this device. Raises LVSpecConfigError where the drafter can't
+    be read."""
+    if config.draft_quantization != AUTO:
+        return config
+    plain = config.model_copy(update={"draft_quantization": None})
+    if not _is_hopper():
+        return plain
+    draft = draft_model_config(target, plain)
+    if draft.dtype != torch.bfloat16 or draft.model_arch_config.quantization_config is not None or draft.is_moe:
+        return plain
+    return config.model_copy(update={"draft_quantization": "mxfp4"})
+
+
+def _is_hopper() -> bool:
+    """Where four bits have been measured. vLLM's kernels for later GPUs also round what is multiplied with them."""
+    return current_platform.is_cuda() and current_platform.is_device_capability(90)
 
 
 def draft_vllm_config(vllm_config: VllmConfig, draft: ModelConfig) -> VllmConfig:
@@ -196,7 +217,7 @@ def check_engine(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
     _require(not target.is_hybrid, f"model={target.model!r}: targets with recurrent layers are not supported")
     if config.model == SELF:
         _require(
-            config.draft_quantization is None,
+            config.draft_quantization in (None, AUTO),
             f"draft_quantization={config.draft_quantization!r}: the drafter self has the target's weights; must be "
             "unset, or model another drafter",
         )
@@ -300,7 +321,7 @@ def fit_encoder(draft: ModelConfig, num_ranks: int) -> None:
 
 
 def _check_quantization(vllm_config: VllmConfig, draft: ModelConfig, config: LVSpecConfig) -> None:
-    if config.draft_quantization is None:
+    if config.draft_quantization in (None, AUTO):
         return
     try:
         quantization = VllmConfig.get_quantization_config(draft, vllm_config.load_config)

@@ -211,16 +211,16 @@ def memory_fit(vllm_config: VllmConfig, config: LVSpecConfig) -> Fit:
     from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
 
     from vllm_lvspec.engine.compatibility import draft_model_config, fit_encoder
-    from vllm_lvspec.engine.memory import default_cache_bytes, device_memory, logits_bytes
+    from vllm_lvspec.engine.memory import default_cache_bytes, device_memory, logits_bytes, waiting_bytes
 
     target, cache = vllm_config.model_config, vllm_config.cache_config
     size, folder = vllm_config.parallel_config.tensor_parallel_size, vllm_config.load_config.download_dir
     draft = target if config.model == SELF else draft_model_config(target, config)
     memory, free = device_memory(size)
-    parts = [_weights("target", target, size, folder, target.quantization)]
+    parts = [_weights("target", target, size, folder)]
     if config.model != SELF:
         fit_encoder(draft, size)
-        parts.append(_weights("drafter", draft, size, folder, config.draft_quantization))
+        parts.append(_weights("drafter", draft, size, folder))
     block = cache.block_size or 16
     blocks = -(-min(draft.max_model_len, target.max_model_len) // block) * vllm_config.scheduler_config.max_num_seqs
     per_block = block * _cache_entries(draft, vllm_config) * get_dtype_size(draft.dtype)
@@ -229,10 +229,13 @@ def memory_fit(vllm_config: VllmConfig, config: LVSpecConfig) -> Fit:
     else:
         draft_cache = default_cache_bytes(blocks, per_block, memory)
         why = "for all requests, or as much as there is room"
-    embeddings = int(config.embedding_cache_gib * GIB)
+    embeddings, at_most = int(config.embedding_cache_gib * GIB), "embedding_cache_gib, at most"
+    if torch.cuda.is_available() and not (config.model == SELF and config.self_cache == "copy"):
+        embeddings += waiting_bytes(draft, draft_cache // per_block * block)
+        at_most += ", and those of prompts that wait"
     parts += [
         Part("drafter's KV cache", draft_cache, why),
-        Part("drafter's visual embeddings", embeddings, "embedding_cache_gib, at most"),
+        Part("drafter's visual embeddings", embeddings, at_most),
     ]
     allowed = int(cache.gpu_memory_utilization * memory)
     if torch.cuda.is_available():
@@ -269,10 +272,8 @@ def _feature_bytes(target: ModelConfig, config: LVSpecConfig, num_ranks: int) ->
     return -(-width * get_dtype_size(target.dtype) // num_ranks)
 
 
-def _weights(
-    name: str, model: ModelConfig, num_ranks: int, cache_dir: str | None, quantization: str | None = None
-) -> Part:
-    """What a rank has of them. `quantization`: of the language model as it is loaded, where its checkpoint has none."""
+def _weights(name: str, model: ModelConfig, num_ranks: int, cache_dir: str | None) -> Part:
+    """What a rank has of them."""
     shared = [f"shared by {num_ranks} ranks"] if num_ranks > 1 else []
     if model.quantization:
         shared.append(f"{model.quantization} when loaded")
@@ -282,7 +283,8 @@ def _weights(
         if found is None:
             return Part(f"{name}'s weights", None, f"{model.model} is not on this machine, and its hub is out of reach")
         return Part(f"{name}'s weights", found // num_ranks, ", ".join(["as on disk", *shared]))
-    bits = QUANTISED_BITS.get(quantization or "") if model.model_arch_config.quantization_config is None else None
+    # Of the language model as it is loaded, where its checkpoint is not quantised.
+    bits = QUANTISED_BITS.get(model.quantization or "") if model.model_arch_config.quantization_config is None else None
     is_whole = model.multimodal_config is not None and model.multimodal_config.mm_encoder_tp_mode == "data"
     if is_whole and num_ranks > 1:
         shared.append("but for its visual encoder")

@@ -34,11 +34,16 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 from vllm.v1.worker.utils import AttentionGroup, allocate_kv_cache, bind_kv_cache_to_layers, prepare_kernel_block_sizes
 
-from vllm_lvspec.config import LVSpecConfig, LVSpecConfigError
+from vllm_lvspec.config import AUTO, LVSpecConfig, LVSpecConfigError
 from vllm_lvspec.draft.batch import DraftBatch
 from vllm_lvspec.draft.drafter import NextTokens
 from vllm_lvspec.draft.pages import PagePool
-from vllm_lvspec.engine.compatibility import draft_model_config, draft_vllm_config, unfit_quantization
+from vllm_lvspec.engine.compatibility import (
+    draft_model_config,
+    draft_vllm_config,
+    settle_quantization,
+    unfit_quantization,
+)
 from vllm_lvspec.engine.decode_graphs import (
     MOST_TOKENS,
     PLANS_ON_HOST,
@@ -83,6 +88,23 @@ class VLLMDraftModel:
     _kernels: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __init__(self, vllm_config: VllmConfig, config: LVSpecConfig, device: torch.device):
+        settled = settle_quantization(vllm_config.model_config, config)
+        unfit = self._load(vllm_config, settled, device)
+        if unfit is not None:
+            if config.draft_quantization != AUTO:
+                raise unfit
+            logger.warning("lvspec: the drafter is not quantised: %s", unfit)
+            self._load(vllm_config, config.model_copy(update={"draft_quantization": None}), device)
+        model_config = self.vllm_config.model_config
+        give_few_rows(self.model, model_config.dtype, device)
+        self.uses_mrope = supports_mrope(self.model) and model_config.uses_mrope
+        self._has_text_rotary = self.uses_mrope and give_text_rotary(self.model)
+        self._allocate_cache(config)
+        bind_kv_cache_to_layers(self.caches, self.vllm_config.compilation_config.static_forward_context)
+        self.one_token = one_token_step(self)
+
+    def _load(self, vllm_config: VllmConfig, config: LVSpecConfig, device: torch.device) -> LVSpecConfigError | None:
+        """Build the model; or say why it can't be quantised as it was to be."""
         model_config = draft_model_config(vllm_config.model_config, config)
         self._prepare(draft_vllm_config(vllm_config, model_config), vllm_config.model_config, config, device)
         self._wants_graphs = has_graphs(vllm_config, device)
@@ -96,20 +118,15 @@ class VLLMDraftModel:
             if config.draft_quantization is None:
                 raise
             # Whether a device has kernels for it, vLLM finds out when it quantises a layer.
-            raise unfit_quantization(config, str(error)) from error
+            return unfit_quantization(config, str(error))
         quantised = getattr(self.vllm_config.quant_config, "quantized_layers", None)  # as they were loaded
         if quantised is not None and not quantised:
-            raise LVSpecConfigError(
+            return LVSpecConfigError(
                 f"draft_quantization={config.draft_quantization!r}: the drafter {config.model!r} has no layers under "
                 "the name language_model that could be quantised as they are loaded; must be left unset, or be the "
                 "method of a checkpoint that is quantised already"
             )
-        give_few_rows(self.model, model_config.dtype, device)
-        self.uses_mrope = supports_mrope(self.model) and model_config.uses_mrope
-        self._has_text_rotary = self.uses_mrope and give_text_rotary(self.model)
-        self._allocate_cache(config)
-        bind_kv_cache_to_layers(self.caches, self.vllm_config.compilation_config.static_forward_context)
-        self.one_token = one_token_step(self)
+        return None
 
     def _prepare(
         self, vllm_config: VllmConfig, target: ModelConfig, config: LVSpecConfig, device: torch.device
@@ -305,7 +322,9 @@ class VLLMDraftModel:
                 assert self.one_token is not None
                 return self.one_token(embeds, rows_of(batch))
             positions = batch.positions[0] if self.takes_one_position(batch) else batch.positions
-            return self.model(input_ids=None, positions=positions, inputs_embeds=embeds)
+            found = self.model(input_ids=None, positions=positions, inputs_embeds=embeds)
+        # The target as its own drafter also gives the states of the layer that verification compares, if one is asked.
+        return found[0] if isinstance(found, tuple) else found
 
     def run_far(self, batch: DraftBatch, metadata: Any) -> torch.Tensor | NextTokens:
         """As far as this package's kernels go: to the next token where they choose it, else as `run`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psutil
 import torch
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit, get_cgroup_memory_usage
 from vllm.utils.mem_constants import GiB_bytes
@@ -48,6 +48,14 @@ def device_memory(num_ranks: int) -> tuple[int, int]:
     if limit is not None and limit < total:  # as vLLM takes it
         total, free = limit, min(free, max(0, limit - (get_cgroup_memory_usage() or 0)))
     return total // num_ranks, free // num_ranks
+
+
+def waiting_bytes(draft: ModelConfig, num_tokens: int) -> int:
+    """Visual embeddings of prompts that the drafter reads in one step, at most: as many as its cache has tokens, beside
+    those of the items that it keeps."""
+    vision = getattr(draft.hf_config, "vision_config", None)
+    levels = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or ())  # Qwen3-VL's, side by side
+    return num_tokens * levels * draft.get_hidden_size() * draft.dtype.itemsize
 
 
 def most_rows(target: VllmConfig, memory: int) -> int:

@@ -29,7 +29,7 @@ from vllm_lvspec.draft.pruning import STRATEGIES, VisualGrid
 from vllm_lvspec.draft.request import DraftRequest, VisualItem
 from vllm_lvspec.engine.arguments import lvspec_config
 from vllm_lvspec.engine.draft_model import PromptView, SelfDraftModel, VLLMDraftModel
-from vllm_lvspec.engine.memory import device_memory, least_of_ranks, most_rows
+from vllm_lvspec.engine.memory import device_memory, least_of_ranks, most_rows, waiting_bytes
 from vllm_lvspec.engine.placeholders import Placeholders
 from vllm_lvspec.engine.requests import end_ids
 from vllm_lvspec.verify.policies import POLICIES
@@ -147,10 +147,13 @@ class LVSpecProposer:
     def reserved(self) -> Iterator[None]:
         """Hold the room that visual embeddings will take while vLLM profiles its memory."""
         assert self.drafter is not None
-        device = self.drafter.model.device
+        model = self.drafter.model
+        assert isinstance(model, VLLMDraftModel)
         room = None
-        if device.type == "cuda":
-            room = torch.empty(self.drafter.embeddings.max_bytes, dtype=torch.uint8, device=device)
+        if model.device.type == "cuda":
+            num_tokens = 0 if model.copies else model.pool.num_pages * model.pool.page_size
+            num_bytes = self.drafter.embeddings.max_bytes + waiting_bytes(model.vllm_config.model_config, num_tokens)
+            room = torch.empty(num_bytes, dtype=torch.uint8, device=model.device)
         yield
         del room
 

@@ -220,7 +220,8 @@ class PromptScores:
         prompt = self._prompts.get(req_id)
         # Nobody asks for scores of what is heard.
         lengths = [len(embedded_rows(item)) if item.modality in PIXELS else 0 for item in state.mm_features]
-        if prompt is None or not prompt.num_queries:
+        # What a session has added since may have had no text behind it that asks.
+        if prompt is None or not prompt.num_queries or len(prompt.sums) != sum(lengths):
             return [None] * len(lengths)
         group = get_tp_group()
         sums = prompt.sums
