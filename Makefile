@@ -59,7 +59,7 @@ bench: setup ## Compare ways to decode on the bundled pair (under 20 minutes on 
 
 # For one GPU of 141 GB. Engines that matter most come first: those not begun after eight minutes are left out.
 bench-gpu: setup ## Measure what large targets cost with drafters of several sizes on a GPU (about ten minutes)
-	$(RUN) $(BIN)/lvspec bench-growth --targets 32b,72b:fp8_per_channel --drafters 7b:mxfp4,3b:mxfp4,7b,3b:fp8_per_channel,7b:fp8_per_channel,3b \
+	$(RUN) $(BIN)/lvspec bench-growth --targets 32b,72b:fp8_per_channel --drafters 7b:mxfp4,3b:mxfp4,1.5b:mxfp4,0.5b:mxfp4,7b,3b:fp8_per_channel,7b:fp8_per_channel,3b \
 		--spec-tokens 4,10,16 --dtype bfloat16 --videos 64x448x672,128x448x672 --vocabulary 152064 --samples 5 --minutes 8 --traces build/traces --json build/gpu.json
 
 benchmarks-page: setup ## Make docs/benchmarks.md from the runs in docs/benchmarks

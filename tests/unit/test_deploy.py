@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -109,6 +110,20 @@ def test_compose_mounts_and_builds_what_is_there():
     assert len(files) == 4 and all(path.exists() for path in [*files, context / build["dockerfile"]])
     copied = re.findall(r"^COPY (.+) \S+$", (context / build["dockerfile"]).read_text(), re.MULTILINE)
     assert len(copied) == 4 and all((context / name).exists() for line in copied for name in line.split())
+
+
+def test_what_compose_starts_has_the_settings_that_are_given():
+    command = yaml.safe_load((DEPLOY / "docker" / "compose.yml").read_text())["services"]["vllm"]["command"]
+
+    def started(**variables: str) -> list[str]:
+        """As compose fills variables in, and then splits what there is."""
+        filled = re.sub(r"\$\{(\w+):[-?]([^}]*)\}", lambda m: variables.get(m[1], m[2]), command)
+        return shlex.split(filled)
+
+    assert started(MODEL="M") == ["M", "--speculative-config", "lvspec"]
+    config = '{"method": "lvspec", "trace": 3}'
+    more = started(MODEL="M", SPECULATIVE_CONFIG=config, VLLM_ARGUMENTS="--tensor-parallel-size 2")
+    assert more == ["M", "--speculative-config", config, "--tensor-parallel-size", "2"]
 
 
 def test_whoever_asks_for_an_image_names_one_that_is_built():
