@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 OPENMP := $(CURDIR)/$(VENV)/lib/libiomp5.so
 RUN := env HF_HUB_OFFLINE=1 $$(test -e $(OPENMP) && echo LD_PRELOAD=$(OPENMP))
 
-.PHONY: help setup demo test test-gpu views soak ray lint format bench bench-gpu benchmarks-page pairs clean
+.PHONY: help setup demo test test-gpu views soak ray lint format bench bench-gpu benchmarks-page pairs drafters clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -76,6 +76,9 @@ pairs: setup ## Train the bundled pairs again (about five hours on two cores)
 		--start-from $(PAIRS)/qwen2_5_vl/target
 	$(TRAIN) llava_onevision draft --out $(PAIRS)/llava_onevision/draft --steps 1400 --learning-rate 0.0025 --short-share 0 \
 		--start-from $(PAIRS)/qwen2_5_vl/draft
+
+drafters: setup ## Train smaller drafters than the bundled one, of the Qwen2.5-VL pair (an hour on two cores)
+	for shape in draft-2x64 draft-1x64; do $(TRAIN) qwen2_5_vl $$shape --out build/drafters/$$shape --steps 4500 || exit 1; done
 
 clean: ## Remove what was built
 	rm -rf $(VENV) build *.egg-info

@@ -20,7 +20,7 @@ SEES_IMAGES = True
 _GRID_SIDE = SIDE // PATCH
 
 # The two vocabularies are padded to different sizes, as those of Qwen2.5-VL 3B and 7B are. Drafters by layers and width
-# are there to see how small one may be; they are not bundled.
+# are there to see how small one may be, and are not bundled.
 SHAPES = {
     "target": dict(
         vocab_size=1472, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
@@ -29,11 +29,6 @@ SHAPES = {
     ),
     "draft": dict(
         vocab_size=1536, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, mrope_section=[4, 6, 6],
-        vision=dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=2),
-    ),
-    "draft-1x128": dict(
-        vocab_size=1536, hidden_size=128, intermediate_size=384, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, mrope_section=[4, 6, 6],
         vision=dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=2),
     ),
