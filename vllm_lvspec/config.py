@@ -105,8 +105,8 @@ class LVSpecConfig(BaseModel):
         AUTO,
         min_length=1,
         description="how the weights of the drafter's language model are quantised, a name that vLLM's --quantization "
-        "takes, such as fp8 or mxfp4; none: as the drafter's checkpoint says; auto: mxfp4 for drafters in bfloat16 on "
-        "Hopper GPUs, else likewise",
+        "takes, such as fp8 or mxfp4; none: as the drafter's checkpoint says; auto: mxfp4 on Hopper GPUs where the "
+        "drafter runs in bfloat16, otherwise as none",
     )
     draft_hf_overrides: dict[str, Any] = Field(
         {}, description="what is changed in the drafter's configuration, as vLLM's --hf-overrides changes the target's"
@@ -135,9 +135,9 @@ class LVSpecConfig(BaseModel):
 
     @field_validator("draft_quantization")
     @classmethod
-    def _is_method_auto_or_none(cls, value: str | None) -> str | None:
-        name = (value or "none").lower()
-        return {"none": None, AUTO: AUTO}.get(name, value)
+    def _is_in_lower_case(cls, value: str | None) -> str | None:
+        name = (value or "none").lower()  # as vLLM reads them
+        return None if name == "none" else name
 
     @field_validator("pruning")
     @classmethod

@@ -201,7 +201,7 @@ def test_a_target_without_a_known_drafter_drafts_for_itself(checkpoint):
 )
 def test_the_target_can_not_be_another_one_for_drafting_alone(key, value, what, pair):
     assert_refused(
-        f"{key}={value!r}: the drafter self has the target's {what}; must be unset, or model another drafter",
+        f"{key}={value!r}: the drafter self has the target's {what}; must be (none|unset), or model another drafter",
         pair[0],
         speculative_config={"method": "lvspec", "model": "self", key: value},
     )
@@ -310,8 +310,8 @@ def int8_drafter(pair, tmp_path_factory) -> str:
 )
 def test_a_drafter_that_can_not_be_quantised_so_is_refused(name, dtype, reason, pair):
     assert_refused(
-        f"draft_quantization='{name}': vLLM can't quantise the drafter '.*draft' so on .*{reason}.*; must be left "
-        "unset or be a method that quantises weights as they are loaded",
+        f"draft_quantization='{name}': vLLM can't quantise the drafter '.*draft' so on .*{reason}.*; must be "
+        "none or a method that quantises weights as they are loaded",
         pair[0],
         speculative_config=quantised(name, pair[1]),
         dtype=dtype,
@@ -321,7 +321,7 @@ def test_a_drafter_that_can_not_be_quantised_so_is_refused(name, dtype, reason, 
 def test_another_method_than_the_drafters_checkpoint_has_is_refused(pair, int8_drafter):
     for name in ("fp8", "nonsense"):
         assert_refused(
-            f"draft_quantization='{name}'.*does not match.*must be left unset or be 'compressed-tensors', as its "
+            f"draft_quantization='{name}'.*does not match.*must be none or 'compressed-tensors', as its "
             "checkpoint says",
             pair[0],
             speculative_config=quantised(name, int8_drafter),
@@ -367,6 +367,7 @@ def test_a_drafter_is_in_four_bits_by_itself_where_that_is_known_to_pay(pair, in
         assert ours.quantization == method
         if method == "mxfp4":
             assert draft_vllm_config(theirs, ours).quant_config.get_name() == "online"
+            assert ours.quantization_config.ignore == [compatibility.NOT_OF_LANGUAGE]
 
 
 def test_the_drafter_has_kernels_of_its_own_and_those_that_the_user_asks_for(pair, monkeypatch):

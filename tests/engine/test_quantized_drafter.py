@@ -155,7 +155,7 @@ def test_what_nobody_asked_to_be_quantised_is_loaded_as_it_is_where_it_can_not_b
     monkeypatch.setattr(draft_model.logger, "warning", lambda text, *args: warnings.append(text % args))
     automatic = run("target", "drafter", "bfloat16", "auto")
     (why,) = warnings
-    assert why.startswith("lvspec: the drafter is not quantised: draft_quantization='mxfp4'")
+    assert why.startswith("lvspec: draft_quantization='auto': not mxfp4, because ")
     assert automatic.layers["drafter"] == {"language_model": {"torch.bfloat16"}, "visual": {"torch.bfloat16"}}
     assert automatic.tokens_per_step == pytest.approx(run("target", "drafter").tokens_per_step, rel=0.15)
 

@@ -163,6 +163,7 @@ def test_the_ends_of_every_range_are_in_it(key, values):
 def test_no_quantisation_has_a_name_and_what_is_chosen_another():
     assert parsed().draft_quantization == "auto" == parsed(draft_quantization="Auto").draft_quantization
     assert parsed(draft_quantization="none").draft_quantization is None
+    assert parsed(draft_quantization="MXFP4").draft_quantization == "mxfp4"
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,8 @@ def test_what_compose_starts_has_the_settings_that_are_given():
         return shlex.split(filled)
 
     assert started(MODEL="M") == ["M", "--speculative-config", "lvspec"]
-    config = '{"method": "lvspec", "trace": 3}'
+    # Quotes end at an apostrophe, which JSON can write otherwise.
+    config = '{"method": "lvspec", "trace": 3, "guard_words": {"negation": ["don\\u0027t"]}}'
     more = started(MODEL="M", SPECULATIVE_CONFIG=config, VLLM_ARGUMENTS="--tensor-parallel-size 2")
     assert more == ["M", "--speculative-config", config, "--tensor-parallel-size", "2"]
 

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from vllm_lvspec.engine import memory
-from vllm_lvspec.engine.memory import BYTES_PER_LOGIT, SHARE_OF_LOGITS, most_rows
+from vllm_lvspec.engine.memory import BYTES_PER_LOGIT, SHARE_OF_LOGITS, most_rows, waiting_bytes
 
 VOCAB = 152_064
 
@@ -32,6 +33,13 @@ def test_as_many_rows_of_logits_as_are_of_use_and_fit(target, gib, rows):
     assert most_rows(target, gib * 2**30) == rows
     if rows == 423:
         assert rows * VOCAB * BYTES_PER_LOGIT <= SHARE_OF_LOGITS * gib * 2**30
+
+
+def test_prompts_that_wait_have_an_embedding_of_every_level_for_each_token_that_the_cache_holds():
+    draft = SimpleNamespace(hf_config=SimpleNamespace(), get_hidden_size=lambda: 64, dtype=torch.bfloat16)
+    assert waiting_bytes(draft, 100) == 100 * 64 * 2
+    draft.hf_config.vision_config = SimpleNamespace(deepstack_visual_indexes=[8, 16, 24])
+    assert waiting_bytes(draft, 100) == 4 * 100 * 64 * 2
 
 
 @pytest.mark.parametrize("limit", [None, 1 << 20, 1 << 60])

@@ -164,7 +164,7 @@ def unfit_quantization(config: LVSpecConfig, reason: str, own: str | None = None
     right = f"{own!r}, as its checkpoint says" if own is not None else right + "fp8_per_channel in bfloat16"
     return LVSpecConfigError(
         f"draft_quantization={config.draft_quantization!r}: vLLM can't quantise the drafter {config.model!r} so on "
-        f"{current_platform.device_type} ({' '.join(reason.split())}); must be left unset or be {right}"
+        f"{current_platform.device_type} ({' '.join(reason.split())}); must be none or {right}"
     )
 
 
@@ -219,7 +219,7 @@ def check_engine(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
         _require(
             config.draft_quantization in (None, AUTO),
             f"draft_quantization={config.draft_quantization!r}: the drafter self has the target's weights; must be "
-            "unset, or model another drafter",
+            "none, or model another drafter",
         )
         _require(
             not config.draft_hf_overrides,

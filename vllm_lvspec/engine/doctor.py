@@ -212,6 +212,7 @@ def memory_fit(vllm_config: VllmConfig, config: LVSpecConfig) -> Fit:
 
     from vllm_lvspec.engine.compatibility import draft_model_config, fit_encoder
     from vllm_lvspec.engine.memory import default_cache_bytes, device_memory, logits_bytes, waiting_bytes
+    from vllm_lvspec.kernels.greedy_head import reads_e4m3
 
     target, cache = vllm_config.model_config, vllm_config.cache_config
     size, folder = vllm_config.parallel_config.tensor_parallel_size, vllm_config.load_config.download_dir
@@ -233,6 +234,10 @@ def memory_fit(vllm_config: VllmConfig, config: LVSpecConfig) -> Fit:
     if torch.cuda.is_available() and not (config.model == SELF and config.self_cache == "copy"):
         embeddings += waiting_bytes(draft, draft_cache // per_block * block)
         at_most += ", and those of prompts that wait"
+        device = torch.device("cuda")
+        if draft.quantization == "mxfp4" and size == 1 and draft.dtype == torch.bfloat16 and reads_e4m3(device):
+            head = draft.get_vocab_size() * draft.get_hidden_size()
+            parts.append(Part("drafter's head in eight bits", head, "if that is faster"))
     parts += [
         Part("drafter's KV cache", draft_cache, why),
         Part("drafter's visual embeddings", embeddings, at_most),

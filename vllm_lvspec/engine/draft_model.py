@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -88,12 +89,20 @@ class VLLMDraftModel:
     _kernels: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __init__(self, vllm_config: VllmConfig, config: LVSpecConfig, device: torch.device):
-        settled = settle_quantization(vllm_config.model_config, config)
-        unfit = self._load(vllm_config, settled, device)
+        settled, unfit = settle_quantization(vllm_config.model_config, config), None
+        try:
+            self._load(vllm_config, settled, device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever vLLM can't do with this model
+            if config.draft_quantization != AUTO or settled.draft_quantization is None:
+                raise
+            unfit = error.__cause__ or error
+            logger.warning("lvspec: draft_quantization='auto': not %s, because %r", settled.draft_quantization, unfit)
         if unfit is not None:
-            if config.draft_quantization != AUTO:
-                raise unfit
-            logger.warning("lvspec: the drafter is not quantised: %s", unfit)
+            # What there is of the first model, which hangs together, must make room for the second one.
+            self.model = unfit = None
+            gc.collect()
             self._load(vllm_config, config.model_copy(update={"draft_quantization": None}), device)
         model_config = self.vllm_config.model_config
         give_few_rows(self.model, model_config.dtype, device)
@@ -103,8 +112,8 @@ class VLLMDraftModel:
         bind_kv_cache_to_layers(self.caches, self.vllm_config.compilation_config.static_forward_context)
         self.one_token = one_token_step(self)
 
-    def _load(self, vllm_config: VllmConfig, config: LVSpecConfig, device: torch.device) -> LVSpecConfigError | None:
-        """Build the model; or say why it can't be quantised as it was to be."""
+    def _load(self, vllm_config: VllmConfig, config: LVSpecConfig, device: torch.device) -> None:
+        """Build the model. Raises LVSpecConfigError where it can't be quantised as it is to be."""
         model_config = draft_model_config(vllm_config.model_config, config)
         self._prepare(draft_vllm_config(vllm_config, model_config), vllm_config.model_config, config, device)
         self._wants_graphs = has_graphs(vllm_config, device)
@@ -118,15 +127,14 @@ class VLLMDraftModel:
             if config.draft_quantization is None:
                 raise
             # Whether a device has kernels for it, vLLM finds out when it quantises a layer.
-            return unfit_quantization(config, str(error))
+            raise unfit_quantization(config, str(error)) from error
         quantised = getattr(self.vllm_config.quant_config, "quantized_layers", None)  # as they were loaded
         if quantised is not None and not quantised:
-            return LVSpecConfigError(
+            raise LVSpecConfigError(
                 f"draft_quantization={config.draft_quantization!r}: the drafter {config.model!r} has no layers under "
-                "the name language_model that could be quantised as they are loaded; must be left unset, or be the "
-                "method of a checkpoint that is quantised already"
+                "the name language_model that could be quantised as they are loaded; must be none, or the method of a "
+                "checkpoint that is quantised already"
             )
-        return None
 
     def _prepare(
         self, vllm_config: VllmConfig, target: ModelConfig, config: LVSpecConfig, device: torch.device
