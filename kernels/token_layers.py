@@ -5,7 +5,6 @@ A product brings along what it is added to with the norm behind it, or its gate,
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,24 +95,30 @@ class TokenLayers:
         """Choose how often programs of a product loop by `seconds`, what the kernels that a function launches take:
         over all layers' matrices, which no cache holds. To be called before CUDA graphs are recorded."""
         for name in self.num_loops:
+            # Nothing may lie between them: else those that overlap would have nothing to overlap with.
+            products = [self._product(name, layer) for layer in self.layers]
+
+            def run(products: list[Callable[[], Any]] = products) -> None:
+                for product in products:
+                    product()
+
             taken = {}
             for self.num_loops[name] in _NUM_LOOPS:
-                taken[self.num_loops[name]] = seconds(functools.partial(self._products, name))
+                taken[self.num_loops[name]] = seconds(run)
             self.num_loops[name] = min(taken, key=taken.__getitem__)
 
-    def _products(self, name: str) -> None:
-        for layer in self.layers:
-            matrix = getattr(layer, name)
-            height, width = matrix.shape
-            device = layer.cache.device
-            ones = torch.ones((1, height), dtype=torch.float16, device=device)
-            if name in ("output", "down"):
-                stream = torch.ones((1, width), dtype=torch.bfloat16, device=device)
-                self._add(name, Shrunk(ones), layer, stream, layer.mlp_norm)
-                continue
-            normed = Shrunk(ones, torch.ones(height // TILE, device=device), layer.mlp_norm.eps)
-            launch = launch_mxfp4_swiglu if name == "gate_up" else launch_mxfp4_matvec
-            launch(normed, matrix, self.workspace, self._how(name))
+    def _product(self, name: str, layer: Layer) -> Callable[[], Any]:
+        """What launches it, of ones."""
+        matrix = getattr(layer, name)
+        height, width = matrix.shape
+        device = layer.cache.device
+        ones = torch.ones((1, height), dtype=torch.float16, device=device)
+        if name in ("output", "down"):
+            stream = torch.ones((1, width), dtype=torch.bfloat16, device=device)
+            return lambda: self._add(name, Shrunk(ones), layer, stream, layer.mlp_norm)
+        normed = Shrunk(ones, torch.ones(height // TILE, device=device), layer.mlp_norm.eps)
+        launch = launch_mxfp4_swiglu if name == "gate_up" else launch_mxfp4_matvec
+        return lambda: launch(normed, matrix, self.workspace, self._how(name))
 
 
 def token_layers_reference(layers: Sequence[Layer], stream: torch.Tensor, rows: Rows) -> torch.Tensor:

@@ -353,7 +353,9 @@ def test_loops_are_chosen_by_the_clock(monkeypatch):
 
     def seconds(run: Any) -> float:
         asked.clear()
-        run()
+        with monkeypatch.context() as patch:
+            patch.setattr(token_layers.torch, "ones", None)  # nothing but the launches
+            run()
         assert len(asked) == 2 and len(set(asked)) == 1
         return abs(asked[0][1] - best[asked[0][0]])
 
@@ -395,6 +397,15 @@ def test_what_a_device_cannot_do_ends_no_start(monkeypatch):
     assert step(RuntimeError("no such instruction")) is None and "no such instruction" in warnings.pop()
     with pytest.raises(torch.OutOfMemoryError):
         step(torch.OutOfMemoryError("full"))
+    monkeypatch.setattr(one_token, "_choose_head", lambda *args: None)
+    monkeypatch.setattr(one_token.current_platform, "is_cuda", lambda: True)
+    monkeypatch.setattr(one_token.current_platform, "has_device_capability", lambda capability: True, raising=False)
+    monkeypatch.setattr(one_token, "_overlapping_pays", lambda *args: 1 / 0)
+    assert step(None).overlaps is False and "can't overlap: ZeroDivisionError" in warnings.pop()
+    monkeypatch.setattr(one_token, "_overlapping_pays", lambda *args: True)
+    assert step(None).overlaps is True and not warnings
+    monkeypatch.setattr(OneTokenStep, "tune", lambda self, seconds: 1 / 0 if self.overlaps else None)
+    assert step(None).overlaps is False and "can't overlap: ZeroDivisionError" in warnings.pop()
 
 
 def test_tokens_go_through_whichever_layers_are_faster(engines, monkeypatch):

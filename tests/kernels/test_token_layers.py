@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from vllm_lvspec.kernels.advance_decode import launch_advance_decode
 from vllm_lvspec.kernels.benchmark import Shape, cached, layers_of
 from vllm_lvspec.kernels.decode_attention import Rows
 from vllm_lvspec.kernels.shared import Workspace
@@ -75,6 +76,33 @@ def test_every_norm_counts(token, device):
             changed = [*layers.layers]
             changed[number] = with_another(layer, name)
             assert not torch.equal(TokenLayers(changed, layers.workspace).through(stream, rows), before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter has no graphs")
+def test_a_replayed_graph_finds_each_token_as_the_one_before_has_left_it(token, device):
+    layers, rows = token
+    can_overlap = torch.cuda.get_device_capability()[0] >= 9
+    inputs = torch.randn(40, 1, layers.layers[0].qkv.shape[0], device=device).bfloat16()
+    caches, found = [layer.cache.clone() for layer in layers.layers], []
+    for layers.overlaps in (False, True) if can_overlap else (False,):
+        stream = inputs[0].clone()
+        layers.through(stream, rows)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layers.through(stream, rows)
+        for layer, cache in zip(layers.layers, caches, strict=True):
+            layer.cache.copy_(cache)
+        for values, place in ((rows.positions, 40), (rows.seq_lens, 41)):
+            values.fill_(place)
+        rows.slots.copy_(rows.block_table[:, 40 // 16].long() * 16 + 40 % 16)
+        outs = []
+        for each in inputs:
+            stream.copy_(each)
+            graph.replay()
+            outs.append(out.clone())
+            launch_advance_decode(rows.positions[None], rows.seq_lens, rows.slots, rows.block_table, 16)
+        found.append(torch.stack(outs))
+    assert all(torch.equal(each, found[0]) for each in found) and found[0].isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # in the interpreter's exp

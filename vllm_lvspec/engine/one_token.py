@@ -158,10 +158,7 @@ def one_token_step(model: VLLMDraftModel) -> OneTokenStep | None:
         if differing is not None:
             logger.warning("lvspec: this package's kernels rest, because %s.", differing)
             return None
-        step.overlaps = current_platform.is_cuda() and current_platform.has_device_capability(90)
-        step.tune(lambda run: _seconds(_recorded(run)[0]))  # as they are launched, if overlapping pays
-        if step.overlaps:
-            step.overlaps = _overlapping_pays(step, model)
+        _choose_launches(step, model)
         try:
             _choose_head(step, model, reads_e4m3(model.device), lambda run: _seconds(_recorded(run)[0]))
         except torch.OutOfMemoryError:
@@ -181,6 +178,26 @@ def one_token_step(model: VLLMDraftModel) -> OneTokenStep | None:
     except Exception as error:  # whatever a model, a device or a compiler can't do: drafts need none of it
         logger.warning("lvspec: this package's kernels of a layer can't be used: %r", error)
         return None
+
+
+def _choose_launches(step: OneTokenStep, model: VLLMDraftModel) -> None:
+    """Whether kernels overlap, and how often programs of products loop as they are launched then."""
+
+    def tune() -> None:
+        step.tune(lambda run: _seconds(_recorded(run)[0]))
+
+    step.overlaps = current_platform.is_cuda() and current_platform.has_device_capability(90)
+    if step.overlaps:
+        try:
+            tune()
+            step.overlaps = _overlapping_pays(step, model)
+            return
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a driver that can't record such launches, say
+            step.overlaps = False
+            logger.warning("lvspec: this package's kernels of a layer can't overlap: %r", error)
+    tune()
 
 
 def _is_strided(model: VLLMDraftModel) -> bool:
