@@ -89,7 +89,7 @@ class VLLMDraftModel:
     _kernels: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __init__(self, vllm_config: VllmConfig, config: LVSpecConfig, device: torch.device):
-        settled, unfit = settle_quantization(vllm_config.model_config, config), None
+        settled, is_unfit = settle_quantization(vllm_config.model_config, config), False
         try:
             self._load(vllm_config, settled, device)
         except torch.OutOfMemoryError:
@@ -97,11 +97,12 @@ class VLLMDraftModel:
         except Exception as error:  # whatever vLLM can't do with this model
             if config.draft_quantization != AUTO or settled.draft_quantization is None:
                 raise
-            unfit = error.__cause__ or error
-            logger.warning("lvspec: draft_quantization='auto': not %s, because %r", settled.draft_quantization, unfit)
-        if unfit is not None:
+            is_unfit = True
+            method = settled.draft_quantization
+            logger.warning("lvspec: draft_quantization='auto': not %s, because %r", method, error.__cause__ or error)
+        if is_unfit:
             # What there is of the first model, which hangs together, must make room for the second one.
-            self.model = unfit = None
+            self.model = None
             gc.collect()
             self._load(vllm_config, config.model_copy(update={"draft_quantization": None}), device)
         model_config = self.vllm_config.model_config

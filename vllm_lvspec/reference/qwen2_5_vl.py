@@ -21,7 +21,7 @@ _GRID_SIDE = SIDE // PATCH
 
 # The two vocabularies are padded to different sizes, as those of Qwen2.5-VL 3B and 7B are. Drafters by layers and width
 # are there to see how small one may be, and are not bundled.
-SHAPES = {
+SHAPES: dict[str, dict] = {
     "target": dict(
         vocab_size=1472, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, mrope_section=[8, 12, 12],
@@ -32,17 +32,9 @@ SHAPES = {
         num_key_value_heads=2, mrope_section=[4, 6, 6],
         vision=dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=2),
     ),
-    "draft-2x64": dict(
-        vocab_size=1536, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, mrope_section=[4, 6, 6],
-        vision=dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=2),
-    ),
-    "draft-1x64": dict(
-        vocab_size=1536, hidden_size=64, intermediate_size=192, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, mrope_section=[4, 6, 6],
-        vision=dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=2),
-    ),
 }  # fmt: skip
+SHAPES["draft-2x64"] = SHAPES["draft"] | dict(hidden_size=64, intermediate_size=192, num_attention_heads=2)
+SHAPES["draft-1x64"] = SHAPES["draft-2x64"] | dict(num_hidden_layers=1)
 
 
 def build_config(shape: dict, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
