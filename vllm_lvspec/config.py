@@ -111,6 +111,13 @@ class LVSpecConfig(BaseModel):
     draft_hf_overrides: dict[str, Any] = Field(
         {}, description="what is changed in the drafter's configuration, as vLLM's --hf-overrides changes the target's"
     )
+    draft_tensor_parallel_size: int | None = Field(
+        None,
+        ge=1,
+        strict=True,
+        description="how many ranks share the drafter: 1, so that each has the whole of it, or all of the target's; by "
+        "default all where they can",
+    )
     draft_cache_gib: float | None = Field(
         None,
         gt=0,

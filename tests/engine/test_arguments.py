@@ -47,6 +47,11 @@ def config_of(args: EngineArgs):
     return args.create_engine_config()
 
 
+def drafters_config(theirs: VllmConfig) -> VllmConfig:
+    config = lvspec_config(theirs)
+    return draft_vllm_config(theirs, draft_model_config(theirs.model_config, config), config)
+
+
 def test_every_way_to_write_it_on_the_command_line_means_the_same(pair, tmp_path):
     target, draft = pair
     full = json.dumps({"method": "lvspec", "model": draft, "num_speculative_tokens": 4})
@@ -348,7 +353,7 @@ def test_target_and_drafter_are_quantised_each_in_its_own_way(pair, int8_drafter
     ):
         args = EngineArgs(model=target, dtype="bfloat16", speculative_config=quantised(name, drafter))
         theirs = config_of(args)
-        ours = draft_vllm_config(theirs, draft_model_config(theirs.model_config, lvspec_config(theirs)))
+        ours = drafters_config(theirs)
         methods = [c.quant_config and c.quant_config.get_name() for c in (theirs, ours)]
         assert methods == [of_target, of_drafter]
 
@@ -366,7 +371,7 @@ def test_a_drafter_is_in_four_bits_by_itself_where_that_is_known_to_pay(pair, in
         ours = draft_model_config(theirs.model_config, lvspec_config(theirs))
         assert ours.quantization == method
         if method == "mxfp4":
-            assert draft_vllm_config(theirs, ours).quant_config.get_name() == "online"
+            assert draft_vllm_config(theirs, ours, lvspec_config(theirs)).quant_config.get_name() == "online"
             assert ours.quantization_config.ignore == [compatibility.NOT_OF_LANGUAGE]
 
 
@@ -396,7 +401,7 @@ def test_the_drafter_has_kernels_of_its_own_and_those_that_the_user_asks_for(pai
                 speculative_config=f"lvspec:{pair[1]}",
             )
         )
-        ours = draft_vllm_config(theirs, draft_model_config(theirs.model_config, lvspec_config(theirs)))
+        ours = drafters_config(theirs)
         found = [config.kernel_config.ir_op_priority.rms_norm for config in (theirs, ours)]
         assert found == [of_target, of_drafter]
 
@@ -409,24 +414,44 @@ def test_a_visual_encoder_that_ranks_can_not_share_is_whole_on_each(checkpoint, 
             model=pair[0], dtype="float32", speculative_config=f"lvspec:{drafter}", tensor_parallel_size=size
         )
         theirs = config_of(args)
-        ours = draft_vllm_config(theirs, draft_model_config(theirs.model_config, lvspec_config(theirs)))
+        ours = drafters_config(theirs)
         modes = [config.model_config.multimodal_config.mm_encoder_tp_mode for config in (theirs, ours)]
         assert modes == ["weights", expected]
-    draft = draft_model_config(theirs.model_config, lvspec_config(theirs))
+    # Which not all models have.
+    config = lvspec_config(theirs)
+    draft = draft_model_config(theirs.model_config, config)
     draft._model_info = replace(draft._model_info, supports_multimodal_encoder_tp_data=False)
-    match = "tensor_parallel_size=2: the visual encoder .* has intermediate_size=63, which 2 ranks .* or self"
-    with pytest.raises(LVSpecConfigError, match=match):
-        draft_vllm_config(theirs, draft)
+    ours = draft_vllm_config(theirs, draft, config)
+    assert ours.parallel_config.tensor_parallel_size == 1
+    assert ours.model_config.multimodal_config.mm_encoder_tp_mode == "weights"
 
 
-def test_a_drafter_whose_heads_do_not_divide_is_refused(checkpoint, pair):
-    target = checkpoint("qwen2_5_vl", heads=4)
-    assert_refused(
-        "tensor_parallel_size=4.*num_attention_heads=2.*divisor of 2",
-        target,
-        speculative_config=f"lvspec:{pair[1]}",
-        tensor_parallel_size=4,
+def test_ranks_share_a_drafter_where_they_can_and_it_is_not_asked_for_whole(checkpoint, pair):
+    """As a 7B of 28 heads over 8 ranks."""
+    target, (_, draft) = checkpoint("qwen2_5_vl", heads=4), pair
+    for size, asked, expected in ((1, None, 1), (2, None, 2), (2, 2, 2), (2, 1, 1), (4, None, 1), (4, 1, 1)):
+        settings = {"method": "lvspec", "model": draft, "draft_tensor_parallel_size": asked}
+        theirs = config_of(
+            EngineArgs(model=target, dtype="float32", speculative_config=settings, tensor_parallel_size=size)
+        )
+        ours = drafters_config(theirs).parallel_config
+        assert (ours.tensor_parallel_size, ours.world_size) == (expected, expected)
+        assert theirs.parallel_config.tensor_parallel_size == theirs.parallel_config.world_size == size
+    for size, asked, right in (
+        (4, 4, "4 ranks can't share num_attention_heads=2 of the drafter '.*'; must be 1, so that each rank has"),
+        (2, 3, "tensor_parallel_size is 2; must be that, or 1, so that each rank has the whole drafter"),
+        (1, 2, "tensor_parallel_size is 1; must be that"),
+        (2, 0, ".*must be greater than or equal to 1"),
+        (2, "1", ".*must be a valid integer"),
+    ):
+        settings = {"method": "lvspec", "model": draft, "draft_tensor_parallel_size": asked}
+        match = f'draft_tensor_parallel_size="?{asked}"?: {right}'
+        assert_refused(match, target, speculative_config=settings, tensor_parallel_size=size)
+    settings = {"method": "lvspec", "model": "self", "draft_tensor_parallel_size": 1}
+    match = (
+        "draft_tensor_parallel_size=1: the drafter self has the target's weights; must be 2, or model another drafter"
     )
+    assert_refused(match, target, speculative_config=settings, tensor_parallel_size=2)
 
 
 def test_a_cache_smaller_than_a_page_is_refused_by_the_engine_in_words(pair):

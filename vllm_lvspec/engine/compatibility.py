@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from vllm import envs
-from vllm.config import CompilationConfig, CompilationMode, ModelConfig, VllmConfig
+from vllm.config import CompilationConfig, CompilationMode, ModelConfig, ParallelConfig, VllmConfig
 from vllm.config.kernel import IrOpPriorityConfig
 from vllm.config.quantization import (
     ONLINE_QUANT_SHORTHAND_NAMES,
@@ -101,16 +101,31 @@ def _is_hopper() -> bool:
     return current_platform.is_cuda() and current_platform.is_device_capability(90)
 
 
-def draft_vllm_config(vllm_config: VllmConfig, draft: ModelConfig) -> VllmConfig:
+def num_draft_ranks(vllm_config: VllmConfig, draft: ModelConfig, config: LVSpecConfig) -> int:
+    """How many ranks share the drafter: one, where each has the whole of it, or all."""
+    if config.draft_tensor_parallel_size is not None:
+        return config.draft_tensor_parallel_size
+    size = vllm_config.parallel_config.tensor_parallel_size
+    return size if indivisible(draft, size) is None else 1
+
+
+def draft_parallel_config(vllm_config: VllmConfig, num_ranks: int) -> ParallelConfig:
+    """Of a drafter that `num_ranks` share."""
+    parallel = copy.deepcopy(vllm_config.parallel_config)
+    parallel.enable_expert_parallel = parallel.enable_eplb = False
+    parallel.tensor_parallel_size = parallel.world_size = num_ranks
+    return parallel
+
+
+def draft_vllm_config(vllm_config: VllmConfig, draft: ModelConfig, config: LVSpecConfig) -> VllmConfig:
     """The configuration that `draft` is built from. Raises LVSpecConfigError where vLLM refuses it."""
-    fit_encoder(draft, vllm_config.parallel_config.tensor_parallel_size)
+    num_ranks = num_draft_ranks(vllm_config, draft, config)
+    fit_encoder(draft, num_ranks)
     # vLLM writes into the parts of a configuration when it is made; the target must not see that.
     cache = copy.deepcopy(vllm_config.cache_config)
     cache.kv_cache_layout = cache.sliding_window = cache.num_gpu_blocks_override = cache.skip_page_size_padded = None
     cache.cache_dtype = "auto"
     cache.kv_cache_dtype_skip_layers = []
-    parallel = copy.deepcopy(vllm_config.parallel_config)
-    parallel.enable_expert_parallel = parallel.enable_eplb = False
     observability = copy.deepcopy(vllm_config.observability_config)
     observability.per_request_spec_decode_metrics = "none"
     kernel = copy.deepcopy(vllm_config.kernel_config)
@@ -120,7 +135,7 @@ def draft_vllm_config(vllm_config: VllmConfig, draft: ModelConfig) -> VllmConfig
             vllm_config,
             model_config=draft,
             cache_config=cache,
-            parallel_config=parallel,
+            parallel_config=draft_parallel_config(vllm_config, num_ranks),
             scheduler_config=copy.deepcopy(vllm_config.scheduler_config),
             observability_config=observability,
             kernel_config=kernel,
@@ -226,6 +241,12 @@ def check_engine(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
             f"draft_hf_overrides={config.draft_hf_overrides!r}: the drafter self has the target's configuration; must "
             "be unset, or model another drafter",
         )
+        asked, size = config.draft_tensor_parallel_size, vllm_config.parallel_config.tensor_parallel_size
+        _require(
+            asked in (None, size),
+            f"draft_tensor_parallel_size={asked}: the drafter self has the target's weights; must be {size}, or model "
+            "another drafter",
+        )
     else:
         _check_drafter(vllm_config, config)
     _check_source(vllm_config, config)
@@ -241,9 +262,9 @@ def _check_drafter(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
     _require(not draft.is_hybrid, f"model={config.model!r}: drafters with recurrent layers are not supported")
     _check_tokenizer(target, config)
     _check_vision(target, draft)
-    _check_heads(vllm_config, draft)
+    _check_draft_ranks(vllm_config, draft, config)
     _check_quantization(vllm_config, draft, config)
-    draft_vllm_config(vllm_config, draft)
+    draft_vllm_config(vllm_config, draft, config)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -288,36 +309,50 @@ def _lookup(hf_config: Any, key: str) -> Any:
     return list(hf_config) if isinstance(hf_config, tuple) else hf_config
 
 
-def _check_heads(vllm_config: VllmConfig, draft: ModelConfig) -> None:
-    size = vllm_config.parallel_config.tensor_parallel_size
+def indivisible(draft: ModelConfig, num_ranks: int) -> str | None:
+    """What of the drafter so many ranks can't share, with its name; None where they can share all."""
     text = draft.hf_text_config
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(text, name, None) or text.num_attention_heads
-        fits = heads % size == 0 or (name == "num_key_value_heads" and size % heads == 0)
-        _require(
-            fits,
-            f"tensor_parallel_size={size}: the drafter {draft.model!r} has {name}={heads}, which {size} ranks can't "
-            f"share; must be a divisor of {heads}, or model another drafter, or self",
-        )
+        if heads % num_ranks and (name == "num_attention_heads" or num_ranks % heads):
+            return f"{name}={heads}"
+    if not draft._model_info.supports_multimodal_encoder_tp_data:
+        return _indivisible_of_encoder(draft, num_ranks)
+    return None
+
+
+def _indivisible_of_encoder(draft: ModelConfig, num_ranks: int) -> str | None:
+    vision = getattr(draft.hf_config, "vision_config", None)
+    for name in ("num_heads", "num_attention_heads", "intermediate_size"):
+        size = getattr(vision, name, None)
+        if isinstance(size, int) and size % num_ranks:
+            return f"vision_config.{name}={size}"
+    return None
 
 
 def fit_encoder(draft: ModelConfig, num_ranks: int) -> None:
     """Have each rank encode some of the drafter's items whole, where its visual encoder can't be split over so many.
 
-    Qwen2.5-VL's of 3B and 7B can't over 8 ranks, and that of 32B and 72B can. Raises LVSpecConfigError for models that
-    vLLM can only split.
+    Qwen2.5-VL's of 3B and 7B can't over 8 ranks, and that of 32B and 72B can.
     """
-    vision = getattr(draft.hf_config, "vision_config", None)
-    for name in ("num_heads", "num_attention_heads", "intermediate_size"):
-        size = getattr(vision, name, None)
-        if not isinstance(size, int) or size % num_ranks == 0 or draft.multimodal_config.mm_encoder_tp_mode == "data":
-            continue
-        _require(
-            draft._model_info.supports_multimodal_encoder_tp_data,
-            f"tensor_parallel_size={num_ranks}: the visual encoder of the drafter {draft.model!r} has {name}={size}, "
-            f"which {num_ranks} ranks can't share; must be a divisor of {size}, or model another drafter, or self",
-        )
+    if num_ranks == 1:
+        draft.multimodal_config.mm_encoder_tp_mode = "weights"
+    elif _indivisible_of_encoder(draft, num_ranks) is not None:
         draft.multimodal_config.mm_encoder_tp_mode = "data"
+
+
+def _check_draft_ranks(vllm_config: VllmConfig, draft: ModelConfig, config: LVSpecConfig) -> None:
+    asked, size = config.draft_tensor_parallel_size, vllm_config.parallel_config.tensor_parallel_size
+    shared, whole = indivisible(draft, size), "1, so that each rank has the whole drafter"
+    _require(
+        asked != size or shared is None,
+        f"draft_tensor_parallel_size={asked}: {size} ranks can't share {shared} of the drafter {draft.model!r}; must "
+        f"be {whole}",
+    )
+    _require(
+        asked in (None, 1, size),
+        f"draft_tensor_parallel_size={asked}: tensor_parallel_size is {size}; must be that, or {whole}",
+    )
 
 
 def _check_quantization(vllm_config: VllmConfig, draft: ModelConfig, config: LVSpecConfig) -> None:

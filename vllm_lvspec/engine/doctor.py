@@ -8,7 +8,7 @@ import platform
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +26,7 @@ from vllm_lvspec.draft.pairs import default_draft_model
 from vllm_lvspec.engine.versions import TESTED, installed_vllm, is_tested_vllm
 
 if TYPE_CHECKING:  # in a vLLM that was not tested these might fail, before anybody is told which one would be right
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
 FINE, REFUSED, TOO_LARGE, WRONG_VERSION, UNKNOWN = 0, 2, 3, 4, 5  # exit codes
 GIB = 1 << 30
@@ -210,7 +210,12 @@ def memory_fit(vllm_config: VllmConfig, config: LVSpecConfig) -> Fit:
     """What target, drafter and caches would take on each rank, without loading them."""
     from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
 
-    from vllm_lvspec.engine.compatibility import draft_model_config, fit_encoder
+    from vllm_lvspec.engine.compatibility import (
+        draft_model_config,
+        draft_parallel_config,
+        fit_encoder,
+        num_draft_ranks,
+    )
     from vllm_lvspec.engine.memory import default_cache_bytes, device_memory, logits_bytes, waiting_bytes
     from vllm_lvspec.kernels.greedy_head import reads_e4m3
 
@@ -218,13 +223,19 @@ def memory_fit(vllm_config: VllmConfig, config: LVSpecConfig) -> Fit:
     size, folder = vllm_config.parallel_config.tensor_parallel_size, vllm_config.load_config.download_dir
     draft = target if config.model == SELF else draft_model_config(target, config)
     memory, free = device_memory(size)
-    parts = [_weights("target", target, size, folder)]
+    parts, num_ranks = [_weights("target", target, size, folder)], size
     if config.model != SELF:
-        fit_encoder(draft, size)
-        parts.append(_weights("drafter", draft, size, folder))
+        num_ranks = num_draft_ranks(vllm_config, draft, config)
+        fit_encoder(draft, num_ranks)
+        drafter = _weights("drafter", draft, num_ranks, folder)
+        if num_ranks < size:
+            drafter = replace(drafter, why=f"whole on each rank{', ' * bool(drafter.why)}{drafter.why}")
+        parts.append(drafter)
     block = cache.block_size or 16
     blocks = -(-min(draft.max_model_len, target.max_model_len) // block) * vllm_config.scheduler_config.max_num_seqs
-    per_block = block * _cache_entries(draft, vllm_config) * get_dtype_size(draft.dtype)
+    per_block = (
+        block * _cache_entries(draft, draft_parallel_config(vllm_config, num_ranks)) * get_dtype_size(draft.dtype)
+    )
     if config.draft_cache_gib is not None:
         draft_cache, why = int(config.draft_cache_gib * GIB), "draft_cache_gib"
     else:
@@ -235,7 +246,7 @@ def memory_fit(vllm_config: VllmConfig, config: LVSpecConfig) -> Fit:
         embeddings += waiting_bytes(draft, draft_cache // per_block * block)
         at_most += ", and those of prompts that wait"
         device = torch.device("cuda")
-        if draft.quantization == "mxfp4" and size == 1 and draft.dtype == torch.bfloat16 and reads_e4m3(device):
+        if draft.quantization == "mxfp4" and num_ranks == 1 and draft.dtype == torch.bfloat16 and reads_e4m3(device):
             head = draft.get_vocab_size() * draft.get_hidden_size()
             parts.append(Part("drafter's head in eight bits", head, "if that is faster"))
     parts += [
@@ -252,14 +263,14 @@ def memory_fit(vllm_config: VllmConfig, config: LVSpecConfig) -> Fit:
         allowed if cache.kv_cache_memory_bytes is None else free,
         free,
         cache.kv_cache_memory_bytes,
-        _cache_entries(target, vllm_config) * get_dtype_size(kv_cache_dtype_str_to_dtype(cache.cache_dtype, target)),
+        _cache_entries(target, vllm_config.parallel_config)
+        * get_dtype_size(kv_cache_dtype_str_to_dtype(cache.cache_dtype, target)),
         _feature_bytes(target, config, size),
     )
 
 
-def _cache_entries(model: ModelConfig, vllm_config: VllmConfig) -> int:
+def _cache_entries(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Numbers that a token has in a rank's KV cache."""
-    parallel = vllm_config.parallel_config
     return 2 * model.get_num_kv_heads(parallel) * model.get_head_size() * model.get_num_layers(parallel)
 
 

@@ -42,6 +42,7 @@ from vllm_lvspec.draft.pages import PagePool
 from vllm_lvspec.engine.compatibility import (
     draft_model_config,
     draft_vllm_config,
+    indivisible,
     settle_quantization,
     unfit_quantization,
 )
@@ -55,8 +56,9 @@ from vllm_lvspec.engine.decode_graphs import (
 )
 from vllm_lvspec.engine.few_rows import give_few_rows
 from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
-from vllm_lvspec.engine.memory import default_cache_bytes, device_memory, least_of_ranks
+from vllm_lvspec.engine.memory import default_cache_bytes, device_memory
 from vllm_lvspec.engine.one_token import OneTokenStep, one_token_step, rows_of
+from vllm_lvspec.engine.ranks import from_first_rank, group_of_one, instead_of_ranks, least_of_ranks
 from vllm_lvspec.engine.rotary import give_text_rotary
 from vllm_lvspec.kernels.advance_decode import advance_decode
 
@@ -85,8 +87,10 @@ class VLLMDraftModel:
     # Whether the backend's plan of a step is written where that of the one before may not have been copied from.
     _plans_on_host = False
     _planned: torch.cuda.Event | None = None
-    # What its forwards run in: kernels of its own, where those that the worker has chosen are for a compiled target.
+    # What its forwards run in: kernels of its own, where those that the worker has chosen are for a compiled target;
+    # and this rank alone, where each has the whole of it.
     _kernels: Callable[[], AbstractContextManager[None]] = nullcontext
+    _ranks: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __init__(self, vllm_config: VllmConfig, config: LVSpecConfig, device: torch.device):
         settled, is_unfit = settle_quantization(vllm_config.model_config, config), False
@@ -112,16 +116,26 @@ class VLLMDraftModel:
         self._allocate_cache(config)
         bind_kv_cache_to_layers(self.caches, self.vllm_config.compilation_config.static_forward_context)
         self.one_token = one_token_step(self)
+        if not least_of_ranks(int(self.one_token is not None)):
+            self.one_token = None
 
     def _load(self, vllm_config: VllmConfig, config: LVSpecConfig, device: torch.device) -> None:
         """Build the model. Raises LVSpecConfigError where it can't be quantised as it is to be."""
         model_config = draft_model_config(vllm_config.model_config, config)
-        self._prepare(draft_vllm_config(vllm_config, model_config), vllm_config.model_config, config, device)
+        own = draft_vllm_config(vllm_config, model_config, config)
+        self._prepare(own, vllm_config.model_config, config, device)
+        if self.is_whole:
+            num_ranks = get_tp_group().world_size
+            shared = indivisible(model_config, num_ranks)
+            why = "as was asked for" if shared is None else f"because {num_ranks} can't share {shared}"
+            logger.info_once("lvspec: each rank has the whole drafter, %s.", why)
+            self._ranks = functools.partial(instead_of_ranks, group_of_one())
         self._wants_graphs = has_graphs(vllm_config, device)
         if self.vllm_config.kernel_config.ir_op_priority != vllm_config.kernel_config.ir_op_priority:
             self._kernels = self._own_kernels
         try:
-            self.model = get_model(vllm_config=self.vllm_config)
+            with self._ranks():
+                self.model = get_model(vllm_config=self.vllm_config)
         except torch.OutOfMemoryError:
             raise
         except (NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
@@ -156,6 +170,16 @@ class VLLMDraftModel:
         wrapped = self.vllm_config.compilation_config.ir_enable_torch_wrap
         with self.vllm_config.kernel_config.ir_op_priority.set_priority(), enable_torch_wrap(wrapped):
             yield
+
+    @property
+    def num_ranks(self) -> int:
+        """Which share it."""
+        return self.vllm_config.parallel_config.tensor_parallel_size
+
+    @property
+    def is_whole(self) -> bool:
+        """On each of several ranks."""
+        return self.num_ranks < get_tp_group().world_size
 
     @property
     def num_weight_bytes(self) -> int:
@@ -230,12 +254,21 @@ class VLLMDraftModel:
     def encode(self, payload: MultiModalFeatureSpec) -> torch.Tensor:
         item = (payload.modality, payload.data)
         ((_, _, kwargs),) = group_and_batch_mm_kwargs([item], device=self.device, pin_memory=self._pin_memory)
-        with self._kernels():
+        with self._kernels(), self._ranks():
             (embeddings,) = self.model.embed_multimodal(**kwargs)
         # vLLM's LLaVA-OneVision may give a video a leading dimension of one.
         return embeddings.flatten(0, -2)
 
     def forward(self, batch: DraftBatch, with_probs: bool = False) -> NextTokens:
+        token_ids, probs = self._choose(batch, with_probs)
+        # What is drafted, and how far, must be the same on all ranks, to the last bit. Those that share logits choose
+        # alike, but what each has for itself may be rounded otherwise.
+        if self.is_whole:
+            token_ids = from_first_rank(token_ids)
+        return NextTokens(token_ids, None if probs is None else from_first_rank(probs))
+
+    def _choose(self, batch: DraftBatch, with_probs: bool) -> NextTokens:
+        """The next tokens by what this rank has computed."""
         found = None if self.graphs is None else self.graphs.run(batch)
         if found is None:
             found = self.run_far(batch, None if self.takes_own_layers(batch) else self.metadata(batch))
@@ -248,26 +281,18 @@ class VLLMDraftModel:
         if self._split_head is not None and not with_probs:
             logits_processor, head = self._split_head
             return NextTokens(logits_processor.get_top_tokens(head, hidden), None)
-        logits = self.model.compute_logits(hidden)[:, : self.shared_vocab_size]
+        with self._ranks():
+            logits = self.model.compute_logits(hidden)[:, : self.shared_vocab_size]
         best, token_ids = logits.max(dim=-1)
         if not with_probs:
             return NextTokens(token_ids, None)
-        probs = (best.float() - logits.float().logsumexp(dim=-1)).exp()
-        group = get_tp_group()
-        # How far is drafted follows from them, so they must be the same on all ranks, to the last bit. By what vLLM
-        # talks with already, where it does: the group's own way has PyTorch open another one, for which no memory is
-        # planned.
-        communicator = getattr(group.device_communicator, "pynccl_comm", None)
-        if communicator is not None and not communicator.disabled:
-            communicator.broadcast(probs, 0)
-            return NextTokens(token_ids, probs)
-        return NextTokens(token_ids, group.broadcast(probs, src=0))
+        return NextTokens(token_ids, (best.float() - logits.float().logsumexp(dim=-1)).exp())
 
     @functools.cached_property
     def _split_head(self) -> tuple[LogitsProcessor, VocabParallelEmbedding] | None:
         """What makes logits, where ranks share the vocabulary: each then tells the others its best token, and not its
         logits of all tokens. None where there is but one rank, or where the target does not know all tokens."""
-        if get_tp_group().world_size == 1 or self.shared_vocab_size < self.vocab_size:
+        if self.num_ranks == 1 or self.shared_vocab_size < self.vocab_size:
             return None
         language_model = self.model.get_language_model()
         logits_processor = getattr(language_model, "logits_processor", None)
@@ -311,7 +336,7 @@ class VLLMDraftModel:
             num_tokens=len(batch.token_ids),
             slot_mapping=dict.fromkeys(names, batch.slots),
         )
-        with context, self._kernels():
+        with context, self._kernels(), self._ranks():
             yield
 
     def takes_one_position(self, batch: DraftBatch) -> bool:
@@ -398,7 +423,8 @@ class VLLMDraftModel:
             *contexts,
             *(1e3 * seconds for each in taken.values() for seconds in each),
         )
-        if any(mine >= theirs for mine, theirs in zip(taken["lvspec"], taken["vLLM"], strict=True)):
+        is_faster = all(mine < theirs for mine, theirs in zip(taken["lvspec"], taken["vLLM"], strict=True))
+        if not least_of_ranks(int(is_faster)):
             self.one_token = None
 
     def warm_up(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import psutil
 import torch
 from vllm.config import ModelConfig, VllmConfig
-from vllm.distributed import get_tp_group
 from vllm.utils.cpu_resource_utils import get_cgroup_memory_limit, get_cgroup_memory_usage
 from vllm.utils.mem_constants import GiB_bytes
 from vllm.v1.sample.logits_processor import LogitsProcessors
@@ -21,15 +20,6 @@ SHARE_OF_LOGITS = 0.05
 BYTES_PER_LOGIT = 20
 # And for each of a request's own, of which vLLM's profile run has `max_num_seqs`, with a drafted one each.
 BYTES_PLANNED_BY_VLLM = 24
-
-
-def least_of_ranks(value: int) -> int:
-    group = get_tp_group()
-    if group.world_size == 1:
-        return value
-    least = torch.tensor(value, dtype=torch.int64)
-    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN, group=group.cpu_group)
-    return int(least)
 
 
 def default_cache_bytes(num_blocks: int, bytes_per_block: int, memory: int) -> int:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -146,7 +145,7 @@ def _heads(attention: Any) -> Heads | None:
 def one_token_step(model: VLLMDraftModel) -> OneTokenStep | None:
     """Where a drafter on a GPU has its layers in MXFP4, alone: what its tokens may go through. Every layer is tried
     against vLLM's first. To be called when its cache is bound, and before CUDA graphs are recorded."""
-    if model.device.type != "cuda" or get_tp_group().world_size > 1:
+    if model.device.type != "cuda" or model.num_ranks > 1:
         return None
     try:
         layers = decoder_layers(model.model, model.caches)

@@ -29,8 +29,9 @@ from vllm_lvspec.draft.pruning import STRATEGIES, VisualGrid
 from vllm_lvspec.draft.request import DraftRequest, VisualItem
 from vllm_lvspec.engine.arguments import lvspec_config
 from vllm_lvspec.engine.draft_model import PromptView, SelfDraftModel, VLLMDraftModel
-from vllm_lvspec.engine.memory import device_memory, least_of_ranks, most_rows, waiting_bytes
+from vllm_lvspec.engine.memory import device_memory, most_rows, waiting_bytes
 from vllm_lvspec.engine.placeholders import Placeholders
+from vllm_lvspec.engine.ranks import least_of_ranks
 from vllm_lvspec.engine.requests import end_ids
 from vllm_lvspec.verify.policies import POLICIES
 
