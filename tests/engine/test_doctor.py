@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 from vllm.config.quantization import ONLINE_QUANT_SHORTHAND_NAMES
+from vllm.engine.arg_utils import EngineArgs
 
 from vllm_lvspec.cli import app
 from vllm_lvspec.engine import doctor
+from vllm_lvspec.engine.arguments import lvspec_config
 from vllm_lvspec.engine.doctor import FINE, REFUSED, TOO_LARGE, UNKNOWN, WRONG_VERSION, Fit, Part, weight_bytes
 from vllm_lvspec.reference import DRAFT, TARGET
 
@@ -126,6 +128,27 @@ def test_the_target_is_counted_as_it_is_quantised_and_encoders_as_they_are_split
     monkeypatch.setattr("vllm_lvspec.engine.compatibility.fit_encoder", lambda model, size: counted.append(size))
     run("--kv-cache-memory-bytes", "256M")
     assert counted.count(1) == 2, "where the engine is checked, and where it is counted"
+
+
+def test_a_drafter_that_each_rank_has_whole_is_counted_so():
+    def parts(**settings: int) -> dict[str, Part]:
+        args = EngineArgs(
+            str(TARGET),
+            dtype="float32",
+            max_model_len=1024,
+            max_num_seqs=4,
+            tensor_parallel_size=2,
+            speculative_config={"method": "lvspec", "model": str(DRAFT), **settings},
+        )
+        vllm_config = args.create_engine_config()
+        return {part.name: part for part in doctor.memory_fit(vllm_config, lvspec_config(vllm_config)).parts}
+
+    shared, whole = parts(), parts(draft_tensor_parallel_size=1)
+    assert shared["drafter's weights"].why == "shared by 2 ranks"
+    assert whole["drafter's weights"].why == "whole on each rank"
+    assert shared["target's weights"] == whole["target's weights"]
+    for name in ("drafter's weights", "drafter's KV cache"):
+        assert 0 < shared[name].num_bytes * 2 == whole[name].num_bytes
 
 
 def test_what_is_known_of_sizes_fits_what_vllm_quantises():
