@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import vllm.engine.arg_utils
 from checkpoints import save_in_int8
-from vllm.config import CompilationMode, VllmConfig
+from vllm.config import CompilationMode, ModelConfig, VllmConfig
 from vllm.config.kernel import IrOpPriorityConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.platforms import current_platform
@@ -257,7 +257,6 @@ def test_a_drafter_that_cuts_images_another_way_is_refused(checkpoint, pair):
         ({"video_pruning_rate": 0.5}, "video_pruning_rate=0.5"),
         ({"enable_sleep_mode": True}, "enable_sleep_mode=True"),
         ({"kv_offloading_size": 1.0}, "kv_offloading_size=1.0"),
-        ({"data_parallel_size": 2}, "data_parallel_size=2"),
         ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "decode_context_parallel_size=2"),
         ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size=2"),
         ({"kv_transfer_config": "connector"}, "kv_transfer_config"),
@@ -452,6 +451,13 @@ def test_ranks_share_a_drafter_where_they_can_and_it_is_not_asked_for_whole(chec
         "draft_tensor_parallel_size=1: the drafter self has the target's weights; must be 2, or model another drafter"
     )
     assert_refused(match, target, speculative_config=settings, tensor_parallel_size=2)
+
+
+def test_engines_side_by_side_are_fine_but_for_those_that_wait_for_each_other(pair, monkeypatch):
+    args = EngineArgs(model=pair[0], dtype="float32", speculative_config="lvspec", data_parallel_size=2)
+    assert config_of(args).parallel_config.data_parallel_size == 2
+    monkeypatch.setattr(ModelConfig, "is_moe", property(lambda self: True))
+    assert_refused("data_parallel_size=2: .*experts.*must be 1 for this target", pair[0], data_parallel_size=2)
 
 
 def test_a_cache_smaller_than_a_page_is_refused_by_the_engine_in_words(pair):

@@ -408,23 +408,42 @@ def test_of_several_videos_nobody_knows_which_the_file_is(video, tmp_path):
         assert page.count("data:image/jpeg") == pictures and page.count("<figure>") == num
 
 
+def answering(settings, *engines):
+    """A server's routes over engines 2, 3 and so on, of which each says the same of everything: `engines`."""
+
+    async def ask(what, method, timeout, args, kwargs):
+        assert what == "collective_rpc"
+        return engines
+
+    core = SimpleNamespace(call_utility_all_async=ask, engine_ranks_managed=[*range(2, 2 + len(engines))])
+    model = SimpleNamespace(served_model_name="model")
+    more = {} if settings is None else {METHOD: settings}
+    config = SimpleNamespace(additional_config=more, model_config=model)
+    tokenizer = SimpleNamespace(get_tokenizer=lambda: None)
+    app, endpoint = FastAPI(), LVSpecEndpoint()
+    endpoint.attach_router(app)
+    engine = SimpleNamespace(vllm_config=config, engine_core=core, renderer=tokenizer)
+    asyncio.run(endpoint.init_state(engine, app.state, Namespace()))
+    return TestClient(app)
+
+
 @pytest.mark.parametrize(
     ("settings", "says"), [(None, "decodes without lvspec"), ({"trace": 0}, "keeps no traces"), ({"trace": 1}, "'x'")]
 )
 def test_a_server_that_keeps_no_such_trace_says_so(settings, says):
-    async def nothing(method, args=()):
-        return [[]]
-
-    more = {} if settings is None else {METHOD: settings}
-    engine = SimpleNamespace(vllm_config=SimpleNamespace(additional_config=more), collective_rpc=nothing)
-    app = FastAPI()
-    endpoint = LVSpecEndpoint()
-    endpoint.attach_router(app)
-    asyncio.run(endpoint.init_state(engine, app.state, Namespace()))
-    reply = TestClient(app).get("/v1/lvspec/trace/x")
+    client = answering(settings, [[], []], [[], []])
+    reply = client.get("/v1/lvspec/trace/x")
     assert reply.status_code == 404 and says in reply.json()["error"]["message"]
     if settings is None:
-        assert TestClient(app).get("/v1/lvspec/stats").status_code == 404
+        assert client.get("/v1/lvspec/stats").status_code == 404
+
+
+def test_routes_ask_all_engines_of_a_server():
+    found = answering({"trace": 1}, [{"drafts": 1}, {"drafts": 1}], [{"drafts": 7}]).get("/v1/lvspec/stats").json()
+    assert found["ranks"] == [{"engine": 2, "drafts": 1}, {"engine": 2, "drafts": 1}, {"engine": 3, "drafts": 7}]
+    trace = {"request_id": "x", "tokens": []}
+    for engines in ([[[]], [[trace]]], [[[trace], []], [[]]]):
+        assert answering({"trace": 1}, *engines).get("/v1/lvspec/trace/x").json()["choices"] == [trace]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"choices": [{"tokens": [{}], "items": []}]}'])

@@ -186,7 +186,6 @@ def unfit_quantization(config: LVSpecConfig, reason: str, own: str | None = None
 # Arguments of vLLM that lvspec has no support for, and the values that are fine.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "pipeline_parallel_size": (1,),
-    "data_parallel_size": (1,),
     "prefill_context_parallel_size": (1,),
     "decode_context_parallel_size": (1,),
     "enable_dbo": (False,),
@@ -230,6 +229,12 @@ def check_engine(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
     )
     _require(not target.is_encoder_decoder, f"model={target.model!r}: encoder-decoder targets are not supported")
     _require(not target.is_hybrid, f"model={target.model!r}: targets with recurrent layers are not supported")
+    num_engines = vllm_config.parallel_config.data_parallel_size
+    _require(
+        num_engines == 1 or not target.is_moe,
+        f"data_parallel_size={num_engines}: engines with a mixture of experts wait for each other in every step, which "
+        "lvspec has no support for; must be 1 for this target",
+    )
     if config.model == SELF:
         _require(
             config.draft_quantization in (None, AUTO),

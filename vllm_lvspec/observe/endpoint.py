@@ -13,8 +13,8 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import State
-from vllm.engine.protocol import EngineClient
 from vllm.tokenizers.detokenizer_utils import detokenize_incrementally
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from vllm_lvspec.config import METHOD
 from vllm_lvspec.engine.arguments import lvspec_settings
@@ -35,7 +35,7 @@ class LVSpecEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
 
-    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+    async def init_state(self, engine_client: AsyncLLM | None, state: State, args: Namespace) -> None:
         has_lvspec = engine_client is not None and lvspec_settings(engine_client.vllm_config) is not None
         state.lvspec_engine = engine_client if has_lvspec else None
 
@@ -60,11 +60,12 @@ def _no_lvspec() -> JSONResponse:
 
 @router.get("/stats", responses=_responses(ranks={"type": "array", "items": {"type": "object"}, "minItems": 1}))
 async def stats(request: Request) -> JSONResponse:
-    """The plugin's settings, and what each rank has counted since the start."""
-    engine: EngineClient | None = request.app.state.lvspec_engine
+    """The plugin's settings, and what each rank of each engine has counted since the start."""
+    engine: AsyncLLM | None = request.app.state.lvspec_engine
     if engine is None:
         return _no_lvspec()
-    ranks = await engine.collective_rpc("lvspec_stats")
+    found = await _ask(engine, "lvspec_stats")
+    ranks = [{"engine": index, **counts} for index, ranks in found.items() for counts in ranks]
     return JSONResponse({"model": _model(engine), "settings": lvspec_settings(engine.vllm_config), "ranks": ranks})
 
 
@@ -74,14 +75,15 @@ async def stats(request: Request) -> JSONResponse:
 )
 async def trace(request: Request, request_id: str) -> JSONResponse:
     """Every token of a request that runs or is among the last that have finished, and why it was emitted."""
-    engine: EngineClient | None = request.app.state.lvspec_engine
+    engine: AsyncLLM | None = request.app.state.lvspec_engine
     if engine is None:
         return _no_lvspec()
     settings = lvspec_settings(engine.vllm_config)
     if settings is None or not settings["trace"]:
         return _error('this server keeps no traces: set "trace" in --speculative-config to how many it may keep')
-    choices = (await engine.collective_rpc("lvspec_trace", args=(request_id,)))[0]
-    if not choices:
+    found = await _ask(engine, "lvspec_trace", request_id)
+    choices = next((first for first, *_ in found.values() if first), None)
+    if choices is None:
         return _error(
             f"request_id={request_id!r}: not among the requests that run and the last {settings['trace']} finished ones"
         )
@@ -90,7 +92,17 @@ async def trace(request: Request, request_id: str) -> JSONResponse:
     return JSONResponse({"model": _model(engine), "settings": settings, "choices": choices})
 
 
-def _model(engine: EngineClient) -> str:
+async def _ask(engine: AsyncLLM, method: str, *args: Any) -> dict[int, list[Any]]:
+    """What the ranks of each data-parallel engine say that this server sends requests to, by the engines' numbers.
+
+    vLLM's `collective_rpc` asks all engines, too, and gives the first one's answers.
+    """
+    core = engine.engine_core
+    found = await core.call_utility_all_async("collective_rpc", method, None, args, None)
+    return dict(zip(core.engine_ranks_managed, found, strict=True))
+
+
+def _model(engine: AsyncLLM) -> str:
     return str(engine.vllm_config.model_config.served_model_name)
 
 
