@@ -417,7 +417,7 @@ def test_a_visual_encoder_that_ranks_can_not_share_is_whole_on_each(checkpoint, 
         modes = [config.model_config.multimodal_config.mm_encoder_tp_mode for config in (theirs, ours)]
         assert modes == ["weights", expected]
     # Which not all models have.
-    config = lvspec_config(theirs)
+    config = lvspec_config(theirs).model_copy(update={"draft_tensor_parallel_size": None})
     draft = draft_model_config(theirs.model_config, config)
     draft._model_info = replace(draft._model_info, supports_multimodal_encoder_tp_data=False)
     ours = draft_vllm_config(theirs, draft, config)
@@ -435,10 +435,14 @@ def test_ranks_share_a_drafter_where_they_can_and_it_is_not_asked_for_whole(chec
         )
         ours = drafters_config(theirs).parallel_config
         assert (ours.tensor_parallel_size, ours.world_size) == (expected, expected)
+        assert lvspec_config(theirs).draft_tensor_parallel_size == (asked if size == 1 else expected), (
+            "ranks compare it"
+        )
         assert theirs.parallel_config.tensor_parallel_size == theirs.parallel_config.world_size == size
     for size, asked, right in (
         (4, 4, "4 ranks can't share num_attention_heads=2 of the drafter '.*'; must be 1, so that each rank has"),
         (2, 3, "tensor_parallel_size is 2; must be that, or 1, so that each rank has the whole drafter"),
+        (4, 2, "tensor_parallel_size is 4; must be 1, so that each rank has the whole drafter"),
         (1, 2, "tensor_parallel_size is 1; must be that"),
         (2, 0, ".*must be greater than or equal to 1"),
         (2, "1", ".*must be a valid integer"),
@@ -458,6 +462,14 @@ def test_engines_side_by_side_are_fine_but_for_those_that_wait_for_each_other(pa
     assert config_of(args).parallel_config.data_parallel_size == 2
     monkeypatch.setattr(ModelConfig, "is_moe", property(lambda self: True))
     assert_refused("data_parallel_size=2: .*experts.*must be 1 for this target", pair[0], data_parallel_size=2)
+    monkeypatch.undo()
+    with monkeypatch.context() as launcher:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "VLLM_ENABLE_V1_MULTIPROCESSING"):  # the last one by vLLM
+            launcher.setenv(name, "0")
+        launched = {"data_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
+        assert_refused(
+            "data_parallel_size=2: with distributed_executor_backend='external_launcher'", pair[0], **launched
+        )
 
 
 def test_a_cache_smaller_than_a_page_is_refused_by_the_engine_in_words(pair):

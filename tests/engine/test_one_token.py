@@ -385,8 +385,7 @@ def test_what_a_device_cannot_do_ends_no_start(monkeypatch):
             return outcome
 
         monkeypatch.setattr(one_token, "_differing", differing)
-        monkeypatch.setattr(one_token, "get_tp_group", lambda: SimpleNamespace(world_size=ranks))
-        model: Any = SimpleNamespace(device=torch.device(device), model=language_model, caches={})
+        model: Any = SimpleNamespace(device=torch.device(device), model=language_model, caches={}, num_ranks=ranks)
         return one_token_step(model)
 
     assert isinstance(step(None), OneTokenStep)

@@ -33,6 +33,8 @@ def test_two_ranks_give_what_one_gives(engines, oracle):
     stats = engine.stats()  # asserts that the ranks agree
     assert stats["drafted_tokens"] > 150
     assert stats["pages_free"] == stats["pages_total"]
+    # This drafter's encoder can't be shared by two, so that each rank has it whole.
+    assert [encodes for encodes, _ in engine.llm.collective_rpc(encode_the_largest_item)] == [True, True]
     (best, wanted), others = engine.llm.collective_rpc(best_tokens_of)
     assert best == wanted and others == (best, wanted) and len(set(best)) > 8
 
@@ -44,6 +46,17 @@ def shares_of(worker: Any) -> tuple[int, int, int, int]:
     num_parameters = sum(p.numel() for p in model.model.parameters())
     heads = {layer.num_heads for layer in model._attention_layers().values() if layer.head_size}
     return get_tp_group().world_size, model.num_ranks, num_parameters, max(heads)
+
+
+def encode_the_largest_item(worker: Any) -> tuple[bool, int]:
+    """As where memory is profiled; whether it would be done, and how many were encoded."""
+    runner = worker.model_runner
+    model, sizes = runner.drafter.drafter.model, []
+    encode = model.encode_inputs
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(model, "encode_inputs", lambda inputs: sizes.append(len(encode(inputs))))
+        runner._profile_encoder()
+    return model.encodes_whole_items, sum(sizes)
 
 
 def confuse(worker: Any) -> None:
@@ -78,6 +91,8 @@ def test_a_drafter_that_each_rank_has_whole_drafts_what_the_first_one_says(engin
     settings = {"pruning": "none", "draft_tensor_parallel_size": 1}
     engine = engines(family, drafter=0, tensor_parallel_size=2, lvspec=settings)
     assert engine.llm.collective_rpc(shares_of) == [(2, 1, num_parameters, heads)] * 2
+    (encodes, size), *others = engine.llm.collective_rpc(encode_the_largest_item)
+    assert encodes and size > 0 and others == [(encodes, size)]
     assert token_ids(engine.run(requests, (8, 1, 5))) == want
     first = engine.stats()  # asserts that the ranks agree
     assert first["pages_free"] == first["pages_total"]

@@ -66,6 +66,9 @@ class SlotModel:
     def profile(self):
         pass
 
+    def of_first_rank(self, values):
+        return values
+
     def copy(self, target_slots, slots):
         raise AssertionError("this model computes everything")
 
@@ -287,10 +290,12 @@ class ProposingDrafter(Drafter):
         return drafts.tokens
 
 
-def make_drafter(model=None, ratio=0.5, strategy="uniform", scores=None, costs=None) -> ProposingDrafter:
+def make_drafter(
+    model=None, ratio=0.5, strategy="uniform", scores=None, costs=None, finds_prefixes=False
+) -> ProposingDrafter:
     chosen = STRATEGIES[strategy] if isinstance(strategy, str) else strategy
     drafter = ProposingDrafter(
-        model or SlotModel(), chosen, ratio, 10**6, scores, is_adaptive=True, only_if_faster=True
+        model or SlotModel(), chosen, ratio, 10**6, scores, finds_prefixes, is_adaptive=True, only_if_faster=True
     )
     drafter.payoff.costs = costs
     return drafter

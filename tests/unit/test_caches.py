@@ -46,6 +46,57 @@ def test_pages_are_never_owned_twice_and_never_lost(operations):
         assert len(owned) + pool.num_free == 12
 
 
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(1, 90)), max_size=80))
+def test_pages_are_shared_found_while_they_hold_what_was_named_and_never_lost(operations):
+    pool = PagePool(12, 8)
+    owners: dict[int, list[int]] = {i: [] for i in range(6)}
+    texts = {i: [bytes([i, page]) for page in range(5)] for i in range(4)}
+    written: dict[int, bytes] = {}  # what a page holds, by the last of its owners to write it
+    for owner, text, tokens in operations:
+        pages, keys = owners[owner], texts[text]
+        if tokens > 60:
+            pool.release(pages)
+        elif not pages:
+            found = pool.find(keys)
+            assert [written[page] for page in found] == keys[: len(found)]
+            pool.share(found)
+            pages += found
+            if pool.grow(pages, max(tokens, 8 * len(found))):
+                new = pages[len(found) :]
+                assert not any(page in other for page in new for name, other in owners.items() if name != owner)
+                num = min(len(pages), len(keys))
+                written.update(zip(new, [*keys[len(found) :], *[b""] * 12], strict=False))
+                pool.name(pages[:num], keys[:num])
+            else:
+                pool.release(pages)
+        owned = {page for pages in owners.values() for page in pages}
+        assert len(owned) + pool.num_free == 12
+    for pages in owners.values():
+        pool.release(pages)
+    assert pool.num_free == 12
+    pool.forget_keys()
+    assert not any(pool.find(keys) for keys in texts.values())
+
+
+def test_of_pages_without_owners_those_go_first_that_nobody_finds_then_ends_of_what_was_given_back_first():
+    pool = PagePool(6, 8)
+    first, second, other = [], [], []
+    pool.grow(first, 16)
+    pool.grow(second, 16)
+    pool.grow(other, 16)
+    pool.name(first, [b"a", b"b"])
+    pool.name(second, [b"c", b"d"])
+    expected = [*reversed(first), *reversed(second)]
+    unknown = set(other)
+    for pages in (first, other, second):
+        pool.release(pages)
+    taken: list[int] = []
+    pool.grow(taken, 48)
+    assert set(taken[:2]) == unknown and taken[2:] == expected
+    assert not pool.find([b"a"]) and not pool.find([b"c"])
+
+
 def _item(rows: int) -> KeptEmbeddings:
     return KeptEmbeddings(rows, torch.arange(rows), torch.zeros(rows, 4))
 

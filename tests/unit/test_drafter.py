@@ -47,7 +47,7 @@ def run_history(data, copies: bool, adaptive: bool) -> None:
     model = CopyingModel(target, **options) if copies else SlotModel(**options, tokens_at_once=at_once)
     if data.draw(st.booleans()):  # as a graph of so many tokens has it
         model.chain_tokens = lambda num_requests, num_tokens: 7
-    drafter = make_drafter(model)
+    drafter = make_drafter(model, finds_prefixes=data.draw(st.booleans()))
     drafter.sees_tokens = data.draw(st.booleans())
     requests = {
         str(i): replace(
@@ -85,7 +85,8 @@ def run_history(data, copies: bool, adaptive: bool) -> None:
         most_again = (at_once - 1) * sum(len(batch.seq_lens) for batch in model.batches)
         # And what was left of earlier drafts is read in vain where it is not drafted again.
         most_again += sum(len(batch.token_ids) for batch in model.batches if batch.asks_all)
-        assert computed <= model.num_computed - num_computed <= computed + most_again
+        num_known = model.num_computed - num_computed + counted["found_prompt_tokens"]
+        assert computed <= num_known <= computed + most_again
         if copies:
             assert sorted(model.copied) == sorted(copied)
             assert model.encoded == 0

@@ -22,17 +22,20 @@ from vllm_lvspec.draft.leftover import MOST_RECALLING, left_of
 from vllm_lvspec.draft.pages import NO_SLOT, DraftSequence, PagePool
 from vllm_lvspec.draft.payoff import Payoff
 from vllm_lvspec.draft.plan import DraftPlan
+from vllm_lvspec.draft.prefixes import SeenItem, page_keys
 from vllm_lvspec.draft.pruning import STRATEGIES, Strategy, VideoView, budget
 from vllm_lvspec.draft.request import Candidate, DraftRequest, VisualItem
 from vllm_lvspec.kernels.advance_decode import advance_decode
 
 # What is counted: requests and tokens drafted for, forwards of the model, tokens that were drafted without one because
-# they were left of the draft before, requests that could not be drafted for in a step because no room was left in their
-# length, no page in the pool, their visual embeddings can't be had, or because drafting would not have paid or the
-# target's logits have no room; and videos of which the strategy did not know what it looks at.
+# they were left of the draft before; prompts, and how many of the tokens that are seen of them were read, or found in
+# pages of earlier ones; requests that could not be drafted for in a step because no room was left in their length, no
+# page in the pool, their visual embeddings can't be had, or because drafting would not have paid or the target's logits
+# have no room; and videos of which the strategy did not know what it looks at.
 COUNTS = (
-    "drafted_requests", "drafted_tokens", "forwards", "recalled_tokens", "prefills", "skipped_length",
-    "skipped_pool_full", "skipped_embeddings", "skipped_cost", "pruned_uniformly",
+    "drafted_requests", "drafted_tokens", "forwards", "recalled_tokens", "prefills", "read_prompt_tokens",
+    "found_prompt_tokens", "skipped_length", "skipped_pool_full", "skipped_embeddings", "skipped_cost",
+    "pruned_uniformly",
 )  # fmt: skip
 
 
@@ -81,6 +84,10 @@ class DraftModel(Protocol):
         """Write the batch into the cache; the next token of each request, or behind each token of the batch."""
         ...
 
+    def of_first_rank(self, values: torch.Tensor) -> torch.Tensor:
+        """`values`, on the host; where several ranks draft, with those of the first one in them."""
+        ...
+
     def copy(self, target_slots: torch.Tensor, slots: torch.Tensor) -> None:
         """Copy keys and values from `target_slots [num_tokens]` (int64) of the target's cache to `slots` of its own."""
         ...
@@ -92,19 +99,24 @@ class DraftModel(Protocol):
 
 @dataclass
 class _Prompt:
-    """What is kept of a prompt until it is in the cache, and its positions."""
+    """What is kept of a prompt until it is in the cache, and its positions.
+
+    `keys`: of the full pages that it takes. What is found in pages of an earlier one is not among `visual`.
+    """
 
     positions: np.ndarray  # [dims, num_kept]
     delta: int
-    visual_mask: np.ndarray | None  # [num_kept]
-    visual: torch.Tensor | None  # [sum(visual_mask), width]
+    keys: list[bytes]
+    visual_mask: np.ndarray | None = None  # [num_kept]
+    visual: torch.Tensor | None = None  # [sum(visual_mask), width]
 
 
 class Drafter:
     """Owns the drafter's sequences, their pages and the visual embeddings.
 
     `scores(req_id)`: the target's scores of each item's tokens, None for items where it has none; for strategies that
-    ask the target. `settings` are those of `Payoff`, which decides who is drafted for and how far.
+    ask the target. `finds_prefixes`: whether what was read of an earlier prompt is not read again where another begins
+    with it. `settings` are those of `Payoff`, which decides who is drafted for and how far.
     """
 
     def __init__(
@@ -114,6 +126,7 @@ class Drafter:
         ratio: float,
         max_embedding_bytes: int,
         scores: Callable[[str], Sequence[torch.Tensor | None]] | None = None,
+        finds_prefixes: bool = False,
         **settings: Any,
     ):
         self.model = model
@@ -128,6 +141,7 @@ class Drafter:
         # and what these have taken.
         self.foretold_first = self.foretold_further = self.further_seconds = 0.0
         self._scores = scores
+        self._finds_prefixes = finds_prefixes and not model.copies
         self._prompts: dict[str, _Prompt] = {}
         self._undraftable: set[str] = set()
         # To look at a drafted token before all are drafted would hold up a device that works by itself.
@@ -243,29 +257,27 @@ class Drafter:
         if sequence is not None and sequence.num_prompt_tokens != request.num_prompt_tokens:
             self._drop(req_id)  # a streaming session has gone on with a longer prompt
             sequence = None
-        visual: list[KeptEmbeddings] = []
+        prompt: _Prompt | None = None
         if sequence is None:
             # Whoever waits for pages must not have its videos encoded and looked at in each step.
             if not self.model.pool.has_room(self._least_entries(request) + length - 1):
                 self.counts["skipped_pool_full"] += 1
                 return False
-            found = self._views(request)
+            found = self._begin(request)
             if found is None:
                 return self._give_up(req_id)
-            kept, visual = found
-            mask = np.ones(request.num_prompt_tokens, dtype=bool)
-            for item, indices in zip(request.items, kept, strict=True):
-                mask[item.rows] = False
-                mask[item.rows[indices.numpy()]] = True
-            sequence = DraftSequence(request.num_prompt_tokens, np.flatnonzero(mask).tolist())
+            sequence, prompt = found
         num_entries = len(request.token_ids) - sequence.num_hidden
         if not self.model.pool.grow(sequence.pages, num_entries + length - 1):
+            if prompt is not None:
+                self.model.pool.release(sequence.pages)
             self.counts["skipped_pool_full"] += 1
             return False
-        if req_id not in self.sequences:
-            self.sequences[req_id] = sequence
-            self._prompts[req_id] = self._build_prompt(request, sequence, visual)
+        if prompt is not None:
+            self.sequences[req_id], self._prompts[req_id] = sequence, prompt
             self.counts["prefills"] += 1
+            self.counts["found_prompt_tokens"] += sequence.num_cached
+            self.counts["read_prompt_tokens"] += len(sequence.kept) - sequence.num_cached
         return True
 
     def _least_entries(self, request: DraftRequest) -> int:
@@ -280,28 +292,76 @@ class Drafter:
         self.counts["skipped_embeddings"] += 1
         return False
 
-    def _views(self, request: DraftRequest) -> tuple[list[torch.Tensor], list[KeptEmbeddings]] | None:
-        """What is kept of each item, indices among its embeddings, and these embeddings; None where they can't be had.
+    def _begin(self, request: DraftRequest) -> tuple[DraftSequence, _Prompt] | None:
+        """What the drafter sees of the prompt, and the pages of that which are there already, which the request then
+        owns, too; None where visual embeddings of the rest can't be had."""
+        views = self._views(request)
+        if views is None:
+            return None
+        mask = np.ones(request.num_prompt_tokens, dtype=bool)
+        for item, (indices, _) in zip(request.items, views, strict=True):
+            mask[item.rows] = False
+            mask[item.rows[indices.numpy()]] = True
+        kept = np.flatnonzero(mask)
+        sequence = DraftSequence(request.num_prompt_tokens, kept.tolist())
+        positions, delta = self.model.prompt_positions(request.prompt, request.num_prompt_tokens)
+        prompt = _Prompt(positions.numpy()[:, kept], delta, [])
+        items = [
+            SeenItem(item, np.searchsorted(kept, item.rows[indices.numpy()]), indices.numpy())
+            for item, (indices, _) in zip(request.items, views, strict=True)
+        ]
+        size = self.model.pool.page_size
+        found: list[int] = []
+        if self._finds_prefixes:
+            prompt.keys = page_keys(request.token_ids[kept], prompt.positions, items, size, request.salt)
+            found = self.model.pool.find(prompt.keys)
+        sequence.num_cached = len(found) * size
+        if items and not self.model.copies:
+            visual = self._visual(items, [known for _, known in views], sequence.num_cached)
+            if visual is None:
+                return None
+            prompt.visual_mask = np.zeros(len(kept), dtype=bool)
+            for seen in items:
+                prompt.visual_mask[seen.entries[seen.entries >= sequence.num_cached]] = True
+            prompt.visual = torch.cat(visual) if visual else None
+        self.model.pool.share(found)
+        sequence.pages = found
+        return sequence, prompt
 
-        Of models that copy no embeddings are asked.
-        """
+    def _views(self, request: DraftRequest) -> list[tuple[torch.Tensor, KeptEmbeddings | None]] | None:
+        """What is kept of each item, indices among its embeddings, and these embeddings where they are at hand; None
+        where what the strategy looks at can't be had."""
         scores: Sequence[torch.Tensor | None] = [None] * len(request.items)
         if self.strategy.asks_target and self._scores is not None and any(item.is_video for item in request.items):
             scores = self._scores(request.req_id)
-        kept, visual = [], []
+        views = []
         for item, score in zip(request.items, scores, strict=True):
-            embeddings = None
-            if not self.model.copies or (item.is_video and self.strategy.looks_at == "embeddings"):
-                embeddings = self._embeddings_of(item)
-                if embeddings is None and not self.model.copies:
-                    return None
-            indices = self._kept_rows(item, score, embeddings)
-            kept.append(indices)
-            if embeddings is not None and not self.model.copies:
-                rows = torch.searchsorted(embeddings.indices, indices)
-                part = _rows_of(embeddings.embeddings, rows)
-                visual.append(KeptEmbeddings(embeddings.num_embeddings, indices, part))
-        return kept, visual
+            looks = item.is_video and self.strategy.looks_at == "embeddings"
+            known = None
+            if looks or not self.model.copies:
+                known = self._embeddings_of(item) if looks else self._known_embeddings(item)
+            if looks and known is None and not self.model.copies:
+                return None
+            views.append((self._kept_rows(item, score, known), known))
+        return views
+
+    def _visual(
+        self, items: Sequence[SeenItem], known: Sequence[KeptEmbeddings | None], num_cached: int
+    ) -> list[torch.Tensor] | None:
+        """Embeddings of what is seen of each item behind the first `num_cached` entries, in their order; None where
+        they can't be had."""
+        visual = {}
+        for seen, embeddings in zip(items, known, strict=True):
+            indices = torch.from_numpy(seen.indices[seen.entries >= num_cached])
+            if not len(indices):
+                continue
+            embeddings = embeddings or self._embeddings_of(seen.item)
+            if embeddings is None:
+                return None
+            visual[int(seen.item.rows[0])] = _rows_of(
+                embeddings.embeddings, torch.searchsorted(embeddings.indices, indices)
+            )
+        return [visual[row] for row in sorted(visual)]
 
     def _kept_rows(self, item: VisualItem, score: torch.Tensor | None, known: KeptEmbeddings | None) -> torch.Tensor:
         if not item.is_video:
@@ -314,17 +374,22 @@ class Drafter:
         if seen[self.strategy.looks_at] is None:
             self.counts["pruned_uniformly"] += 1
             return STRATEGIES["uniform"].keep(view, self.ratio)
-        return self.strategy.keep(view, self.ratio)
+        kept = self.strategy.keep(view, self.ratio)
+        # What ranks have computed may be rounded otherwise, and what is seen decides which pages are found.
+        return kept if self.strategy.looks_at == "grid" else self.model.of_first_rank(kept)
+
+    def _known_embeddings(self, item: VisualItem) -> KeptEmbeddings | None:
+        """The item's embeddings, or those of what every request sees of it, if they are kept."""
+        known = self.embeddings.get(item.identifier, len(item.rows))
+        # Clients name items, and an image may bear the name of a video that was pruned.
+        return None if known is not None and not item.is_video and not known.is_whole else known
 
     def _embeddings_of(self, item: VisualItem) -> KeptEmbeddings | None:
-        """The item's embeddings, or those of what every request sees of it; None where they can't be had.
+        """The same, of an item that is encoded if need be; None where it can't be.
 
         Encoded one by one: the encoder's memory was profiled for one item, and only what may be needed of it stays.
         """
-        known = self.embeddings.get(item.identifier, len(item.rows))
-        # Clients name items, and an image may bear the name of a video that was pruned.
-        if known is not None and not item.is_video and not known.is_whole:
-            known = None
+        known = self._known_embeddings(item)
         if known is not None or item.payload is None:
             return known
         full = self.model.encode(item.payload)
@@ -338,18 +403,6 @@ class Drafter:
             found = KeptEmbeddings(len(full), indices, _rows_of(full, indices))
         self.embeddings.put(item.identifier, found)
         return found
-
-    def _build_prompt(self, request: DraftRequest, sequence: DraftSequence, visual: list[KeptEmbeddings]) -> _Prompt:
-        positions, delta = self.model.prompt_positions(request.prompt, request.num_prompt_tokens)
-        kept_positions = positions.numpy()[:, sequence.kept]
-        if not visual:
-            return _Prompt(kept_positions, delta, None, None)
-        is_visual = np.zeros(request.num_prompt_tokens, dtype=bool)
-        for item, embeddings in zip(request.items, visual, strict=True):
-            is_visual[item.rows[embeddings.indices.numpy()]] = True
-        order = np.argsort([item.rows[0] for item in request.items])
-        rows = torch.cat([visual[i].embeddings for i in order])
-        return _Prompt(kept_positions, delta, is_visual[sequence.kept], rows)
 
     # Running the model --------------------------------------------------------------------------------------------
 
@@ -518,6 +571,8 @@ class Drafter:
                 if end >= len(sequence.kept):
                     prompt = self._prompts[requests[i].req_id]
                     prompt.visual = prompt.visual_mask = None  # in the cache now
+                    self.model.pool.name(sequence.pages[: len(prompt.keys)], prompt.keys)
+                    prompt.keys = []
                 if end == len(requests[i].token_ids) - sequence.num_hidden:
                     done.append((row, i))
                 else:

@@ -34,7 +34,7 @@ class DraftRequest:
     `num_verified`: tokens of its last draft that were verified in this step. `ends`: tokens behind which drafting stops
     where drafted tokens can be seen as they come; `is_done`: whether this step has emitted the answer's end.
     `target_slots`: from places of tokens in the sequence (int64) to their slots in the target's KV cache, for models
-    that copy; all but the newest token are there.
+    that copy; all but the newest token are there. `salt`: its prompt is not read in pages of others that have another.
     """
 
     req_id: str
@@ -47,6 +47,7 @@ class DraftRequest:
     ends: frozenset[int] = frozenset()
     is_done: bool = False
     target_slots: Callable[[np.ndarray], np.ndarray] | None = None
+    salt: str | None = None
 
     @property
     def goes_on(self) -> bool:

@@ -2,9 +2,7 @@
 
 vLLM's list of methods is closed, but it has `custom_class`, worker classes by name, and `additional_config` that
 travels to all workers. So `lvspec` is put into these words when the engine's configuration is made; the arguments that
-the user passed stay as they were. These two wrappers are all that this package changes in vLLM, but for two kernels
-on CPUs (`cpu_kernels`), the strictness of requests with tools (`requests`), and a
-logger of statistics for engines with lvspec (`observe.metrics`).
+the user passed stay as they were. What else this package changes in vLLM is listed in docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -169,7 +167,8 @@ def _with_lvspec_translation(create_engine_config: Callable[..., VllmConfig]) ->
         finally:
             for name, value in original.items():
                 setattr(self, name, value)
-        check_engine(vllm_config, config)
+        config = check_engine(vllm_config, config)
+        vllm_config.additional_config[METHOD] = json.loads(config.model_dump_json())
         make_tool_calls_strict()
         record_engines_with_lvspec()
         logger.info(

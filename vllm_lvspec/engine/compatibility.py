@@ -219,8 +219,9 @@ def check_arguments(args: EngineArgs) -> None:
     _require(not envs.VLLM_USE_RUST_FRONTEND, "VLLM_USE_RUST_FRONTEND=1: not supported with lvspec; must be 0")
 
 
-def check_engine(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
-    """Raise LVSpecConfigError, naming key, value and what would be right, for whatever can't work with lvspec."""
+def check_engine(vllm_config: VllmConfig, config: LVSpecConfig) -> LVSpecConfig:
+    """`config` with what follows from the models. Raises LVSpecConfigError, naming key, value and what would be right,
+    for whatever can't work with lvspec."""
     target = vllm_config.model_config
     _require(
         target.is_multimodal_model and target.runner_type == "generate",
@@ -234,6 +235,12 @@ def check_engine(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
         num_engines == 1 or not target.is_moe,
         f"data_parallel_size={num_engines}: engines with a mixture of experts wait for each other in every step, which "
         "lvspec has no support for; must be 1 for this target",
+    )
+    launcher = vllm_config.parallel_config.distributed_executor_backend
+    _require(
+        num_engines == 1 or launcher != "external_launcher",
+        f"data_parallel_size={num_engines}: with distributed_executor_backend={launcher!r} engines wait for each other "
+        "in every step, which lvspec has no support for; must be 1",
     )
     if config.model == SELF:
         _require(
@@ -253,11 +260,13 @@ def check_engine(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
             "another drafter",
         )
     else:
-        _check_drafter(vllm_config, config)
+        config = _check_drafter(vllm_config, config)
     _check_source(vllm_config, config)
+    return config
 
 
-def _check_drafter(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
+def _check_drafter(vllm_config: VllmConfig, config: LVSpecConfig) -> LVSpecConfig:
+    """As `check_engine`, of a drafter with weights of its own."""
     target = vllm_config.model_config
     draft = draft_model_config(target, config)
     _require(
@@ -270,6 +279,9 @@ def _check_drafter(vllm_config: VllmConfig, config: LVSpecConfig) -> None:
     _check_draft_ranks(vllm_config, draft, config)
     _check_quantization(vllm_config, draft, config)
     draft_vllm_config(vllm_config, draft, config)
+    if vllm_config.parallel_config.tensor_parallel_size == 1:
+        return config
+    return config.model_copy(update={"draft_tensor_parallel_size": num_draft_ranks(vllm_config, draft, config)})
 
 
 def _require(condition: bool, message: str) -> None:
@@ -356,7 +368,8 @@ def _check_draft_ranks(vllm_config: VllmConfig, draft: ModelConfig, config: LVSp
     )
     _require(
         asked in (None, 1, size),
-        f"draft_tensor_parallel_size={asked}: tensor_parallel_size is {size}; must be that, or {whole}",
+        f"draft_tensor_parallel_size={asked}: tensor_parallel_size is {size}; must be "
+        + (f"that, or {whole}" if shared is None else whole),
     )
 
 

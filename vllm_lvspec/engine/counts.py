@@ -35,6 +35,8 @@ def counts_of(runner: LVSpecGPUModelRunner) -> dict[str, int]:
         key("missing_features"): verification.counts["missing_features"],
         **{key("drafts", name): drafter.counts[count] for name, count in OUTCOMES.items()},
         key("draft_prompts"): drafter.counts["prefills"],
+        key("draft_prompt_tokens", "read"): drafter.counts["read_prompt_tokens"],
+        key("draft_prompt_tokens", "found"): drafter.counts["found_prompt_tokens"],
         key("decode_steps"): times.steps,
         **{key("step_seconds", part): round(value / MILLIONTHS) for part, value in seconds.items()},
         **{key("accepted_length", i): count for i, count in enumerate(verification.accepted_lengths) if count},

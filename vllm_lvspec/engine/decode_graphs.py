@@ -159,6 +159,8 @@ class DecodeGraphs:
     def _all_or_none(self, fine: bool, agreed: Callable[[bool], bool]) -> bool:
         if agreed(fine):
             return True
+        if self._model.is_whole:  # on each rank, so that these have nothing recorded with each other
+            return False
         if agreed(not fine):
             return False
         # Ranks would tell each other where the sums are that they have recorded, and not all have recorded the same.

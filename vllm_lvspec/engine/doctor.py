@@ -167,7 +167,8 @@ def _print_use(console: Console, vllm_config: VllmConfig, config: LVSpecConfig) 
     lossy = f"relaxation {config.relaxation:g}; answers may differ from the target's" if config.is_lossy else "lossless"
     table.add_row("policy", config.policy, lossy)
     ranks = vllm_config.parallel_config.tensor_parallel_size
-    table.add_row("attention", backend.get_name(), f"tensor parallel {ranks}")
+    engines = vllm_config.parallel_config.data_parallel_size
+    table.add_row("attention", backend.get_name(), f"tensor parallel {ranks}" + f", {engines} engines" * (engines > 1))
     table.add_row("runner", "V1, without asynchronous scheduling", "as vLLM runs custom proposers")
     console.print(table)
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_tp_group
+from vllm.distributed.parallel_state import GroupCoordinator
 from vllm.forward_context import set_forward_context
 from vllm.ir import enable_torch_wrap
 from vllm.logger import init_logger
@@ -58,7 +59,13 @@ from vllm_lvspec.engine.few_rows import give_few_rows
 from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
 from vllm_lvspec.engine.memory import default_cache_bytes, device_memory
 from vllm_lvspec.engine.one_token import OneTokenStep, one_token_step, rows_of
-from vllm_lvspec.engine.ranks import from_first_rank, group_of_one, instead_of_ranks, least_of_ranks
+from vllm_lvspec.engine.ranks import (
+    from_first_rank,
+    group_of_one,
+    host_values_of_first_rank,
+    instead_of_ranks,
+    least_of_ranks,
+)
 from vllm_lvspec.engine.rotary import give_text_rotary
 from vllm_lvspec.kernels.advance_decode import advance_decode
 
@@ -91,9 +98,12 @@ class VLLMDraftModel:
     # and this rank alone, where each has the whole of it.
     _kernels: Callable[[], AbstractContextManager[None]] = nullcontext
     _ranks: Callable[[], AbstractContextManager[None]] = nullcontext
+    _group_of_one: GroupCoordinator
 
     def __init__(self, vllm_config: VllmConfig, config: LVSpecConfig, device: torch.device):
-        settled, is_unfit = settle_quantization(vllm_config.model_config, config), False
+        settled, fits = settle_quantization(vllm_config.model_config, config), True
+        if get_tp_group().world_size > 1:  # all ranks make it here, whatever becomes of what each loads
+            self._group_of_one = group_of_one()
         try:
             self._load(vllm_config, settled, device)
         except torch.OutOfMemoryError:
@@ -101,10 +111,10 @@ class VLLMDraftModel:
         except Exception as error:  # whatever vLLM can't do with this model
             if config.draft_quantization != AUTO or settled.draft_quantization is None:
                 raise
-            is_unfit = True
+            fits = False
             method = settled.draft_quantization
             logger.warning("lvspec: draft_quantization='auto': not %s, because %r", method, error.__cause__ or error)
-        if is_unfit:
+        if not least_of_ranks(int(fits)):
             # What there is of the first model, which hangs together, must make room for the second one.
             self.model = None
             gc.collect()
@@ -129,7 +139,7 @@ class VLLMDraftModel:
             shared = indivisible(model_config, num_ranks)
             why = "as was asked for" if shared is None else f"because {num_ranks} can't share {shared}"
             logger.info_once("lvspec: each rank has the whole drafter, %s.", why)
-            self._ranks = functools.partial(instead_of_ranks, group_of_one())
+            self._ranks = functools.partial(instead_of_ranks, self._group_of_one)
         self._wants_graphs = has_graphs(vllm_config, device)
         if self.vllm_config.kernel_config.ir_op_priority != vllm_config.kernel_config.ir_op_priority:
             self._kernels = self._own_kernels
@@ -180,6 +190,12 @@ class VLLMDraftModel:
     def is_whole(self) -> bool:
         """On each of several ranks."""
         return self.num_ranks < get_tp_group().world_size
+
+    @property
+    def encodes_whole_items(self) -> bool:
+        """Each of several ranks, by itself."""
+        is_shared = self.vllm_config.model_config.get_multimodal_config().mm_encoder_tp_mode != "data"
+        return self.is_whole or (self.num_ranks > 1 and not is_shared)
 
     @property
     def num_weight_bytes(self) -> int:
@@ -254,15 +270,19 @@ class VLLMDraftModel:
     def encode(self, payload: MultiModalFeatureSpec) -> torch.Tensor:
         item = (payload.modality, payload.data)
         ((_, _, kwargs),) = group_and_batch_mm_kwargs([item], device=self.device, pin_memory=self._pin_memory)
+        return self.encode_inputs(kwargs)
+
+    def encode_inputs(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Visual embeddings `[num_embeddings, width]` of the one item of which these are the model's arguments."""
         with self._kernels(), self._ranks():
-            (embeddings,) = self.model.embed_multimodal(**kwargs)
+            (embeddings,) = self.model.embed_multimodal(**inputs)
         # vLLM's LLaVA-OneVision may give a video a leading dimension of one.
         return embeddings.flatten(0, -2)
 
     def forward(self, batch: DraftBatch, with_probs: bool = False) -> NextTokens:
         token_ids, probs = self._choose(batch, with_probs)
-        # What is drafted, and how far, must be the same on all ranks, to the last bit. Those that share logits choose
-        # alike, but what each has for itself may be rounded otherwise.
+        # What is drafted, and how far, must be the same on all ranks, to the last bit. Ranks that share logits choose
+        # alike, but not those of which each has its own.
         if self.is_whole:
             token_ids = from_first_rank(token_ids)
         return NextTokens(token_ids, None if probs is None else from_first_rank(probs))
@@ -432,6 +452,9 @@ class VLLMDraftModel:
         if not self._wants_graphs:
             self._choose_layers()
 
+    def of_first_rank(self, values: torch.Tensor) -> torch.Tensor:
+        return host_values_of_first_rank(values)
+
     def copy(self, target_slots: torch.Tensor, slots: torch.Tensor) -> None:
         raise NotImplementedError("another model's keys and values mean nothing to this one")
 
@@ -446,7 +469,9 @@ class VLLMDraftModel:
         return time.perf_counter() - started
 
     def decode_batch(self, num_rows: int, context: int, tokens: int = 1) -> DraftBatch:
-        """`num_rows` requests of `context` tokens with `tokens` more: a batch to measure with, of no meaning."""
+        """`num_rows` requests of `context` tokens with `tokens` more: a batch to measure with, of no meaning, as what
+        is in the cache then has none."""
+        self.pool.forget_keys()
         places = torch.arange(context, context + tokens)
         pages = -(-(context + tokens) // self.pool.page_size)
         # Pages of each one's own, as far as there are: those that all read would come from the device's caches.

@@ -32,7 +32,7 @@ from vllm_lvspec.engine.draft_model import PromptView, SelfDraftModel, VLLMDraft
 from vllm_lvspec.engine.memory import device_memory, most_rows, waiting_bytes
 from vllm_lvspec.engine.placeholders import Placeholders
 from vllm_lvspec.engine.ranks import least_of_ranks
-from vllm_lvspec.engine.requests import end_ids
+from vllm_lvspec.engine.requests import end_ids, salt_of
 from vllm_lvspec.verify.policies import POLICIES
 
 logger = init_logger("vllm.lvspec")
@@ -56,6 +56,7 @@ class _Known:
     prompt: PromptView
     max_length: int
     ends: frozenset[int]
+    salt: str | None
 
 
 @dataclass
@@ -124,6 +125,7 @@ class LVSpecProposer:
             self.config.pruning_ratio,
             int(self.config.embedding_cache_gib * GiB_bytes),
             self._scores,
+            finds_prefixes=bool(self.vllm_config.cache_config.enable_prefix_caching),
             is_adaptive=self.config.draft_length == "adaptive",
             only_if_faster=self.config.only_if_faster,
             least_length=POLICIES[self.config.policy].least_length(
@@ -389,6 +391,7 @@ class LVSpecProposer:
             ends=frozenset() if self._reads_past_end else known.ends,
             is_done=not known.ends.isdisjoint(sampled),
             target_slots=functools.partial(self._target_slots, row) if self._copies else None,
+            salt=known.salt,
         )
 
     def _know(self, state: CachedRequestState, num_prompt_tokens: int) -> _Known:
@@ -399,6 +402,7 @@ class LVSpecProposer:
             PromptView(state.prompt_token_ids, state.mm_features),
             self._max_length(state),
             end_ids(state.sampling_params),
+            salt_of(state.sampling_params),
         )
 
     def _max_length(self, state: CachedRequestState) -> int:
@@ -434,6 +438,11 @@ class LVSpecProposer:
         assert self.drafter is not None
         sequence = self.drafter.sequences.get(req_id)
         return None if sequence is None else sequence.kept
+
+    def forget_prefixes(self) -> None:
+        """With other weights what was read of prompts is another."""
+        if self.drafter is not None and self.config.model == SELF:
+            self.drafter.model.pool.forget_keys()
 
     def stats(self) -> dict[str, int]:
         """Counts since the start, and what the caches hold."""

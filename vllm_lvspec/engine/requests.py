@@ -20,6 +20,7 @@ from vllm_lvspec.verify.rules import RequestRules
 
 PREFIX = "lvspec_"
 POLICY, RELAXATION = PREFIX + "policy", PREFIX + "relaxation"
+SALT = "_lvspec_cache_salt"  # from the scheduler to the workers
 MAX_STOP_IDS = 64
 _CLASS = "RequestChecker_"
 
@@ -69,6 +70,12 @@ def request_rules(params: SamplingParams, config: LVSpecConfig) -> RequestRules:
         stop_ids=stop_ids,
         ends=not params.ignore_eos,
     )
+
+
+def salt_of(params: SamplingParams) -> str | None:
+    """With what the request wants its prefixes to be told from those of others."""
+    salt = (params.extra_args or {}).get(SALT)
+    return None if salt is None else str(salt)
 
 
 def end_ids(params: SamplingParams) -> frozenset[int]:

@@ -27,6 +27,7 @@ from vllm_lvspec.device import upload
 from vllm_lvspec.draft.costs import further_context
 from vllm_lvspec.engine.counts import counts_of
 from vllm_lvspec.engine.dispatcher import DecodeDispatcher, tokens_each
+from vllm_lvspec.engine.draft_model import VLLMDraftModel
 from vllm_lvspec.engine.memory import verify_rows
 from vllm_lvspec.engine.placeholders import num_drafted, padded, without_padding
 from vllm_lvspec.engine.proposer import LVSpecProposer
@@ -94,6 +95,10 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         # vLLM asks this of the whole batch; the drafter limits each request by itself, so that one request near its
         # limit does not cost the others their drafts.
         return common_attn_metadata is not None
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().reload_weights(*args, **kwargs)
+        self.drafter.forget_prefixes()
 
     def _on_request_state_removed(self, req_id: str, req_state: CachedRequestState | None) -> None:
         super()._on_request_state_removed(req_id, req_state)
@@ -327,20 +332,31 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         with self.drafter.reserved():
             super().profile_run(*args, **kwargs)
             self.drafter.profile()
-            self._profile_verification()
+            if self.device.type != "cpu":  # where nobody looks at the peak
+                self._profile_encoder()
+                self._profile_verification()
+
+    def _profile_encoder(self) -> None:
+        """Have the drafter encode the largest item, where each rank does by itself what vLLM has seen shared in the
+        target's encoder."""
+        assert self.drafter.drafter is not None
+        model = self.drafter.drafter.model
+        assert isinstance(model, VLLMDraftModel)
+        if model.encodes_whole_items and self.mm_budget is not None:
+            modality = self.mm_budget.get_modality_with_max_tokens()
+            model.encode_inputs(self._get_mm_dummy_batch(modality, 1))
 
     def _profile_verification(self) -> None:
         """Verify as many drafted tokens as a step may have: vLLM has had one of each request."""
         assert self.drafter.drafter is not None
-        if self.device.type != "cpu":  # where nobody looks at the peak
-            config, rows = self.model_config, self.drafter.drafter.payoff.most_rows
-            # Hidden states, and those of a layer, are there until a step has sampled.
-            shape = 2, self.max_num_tokens, config.get_hidden_size()
-            beside = torch.empty(shape, dtype=config.dtype, device=self.device)
-            length, vocab_size = self.num_spec_tokens, config.get_vocab_size()
-            verify_rows(self.rejection_sampler, rows, length, vocab_size, config.head_dtype, self.device)
-            self._sync_device()
-            del beside
+        config, rows = self.model_config, self.drafter.drafter.payoff.most_rows
+        # Hidden states, and those of a layer, are there until a step has sampled.
+        shape = 2, self.max_num_tokens, config.get_hidden_size()
+        beside = torch.empty(shape, dtype=config.dtype, device=self.device)
+        length, vocab_size = self.num_spec_tokens, config.get_vocab_size()
+        verify_rows(self.rejection_sampler, rows, length, vocab_size, config.head_dtype, self.device)
+        self._sync_device()
+        del beside
 
     @contextmanager
     def _decodes_of(self, tokens: int) -> Iterator[None]:

@@ -12,6 +12,7 @@ from vllm.v1.outputs import ECConnectorOutput, ModelRunnerOutput
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_lvspec.engine.placeholders import PADDING_TOKEN_ID, num_drafted, without_padding
+from vllm_lvspec.engine.requests import SALT
 from vllm_lvspec.observe.metrics import take_along
 
 
@@ -32,6 +33,7 @@ class LVSpecScheduler(Scheduler):
         self._drop_useless_padding()
         output = super().schedule(*args, **kwargs)
         self._take_fillers_for_padding(output)
+        self._pass_salts_on(output)
         scheduled = output.scheduled_spec_decode_tokens.items()
         padding = {req_id: count for req_id, tokens in scheduled if (count := len(tokens) - num_drafted(tokens))}
         if padding:  # counted as what a grammar does not allow
@@ -48,6 +50,13 @@ class LVSpecScheduler(Scheduler):
         joining |= output.scheduled_cached_reqs.resumed_req_ids
         for req_id in joining & drafts.keys():
             drafts[req_id] = [PADDING_TOKEN_ID] * len(drafts[req_id])
+
+    def _pass_salts_on(self, output: SchedulerOutput) -> None:
+        """To the workers, whose drafter finds prefixes, too."""
+        for data in output.scheduled_new_reqs:
+            salt, params = self.requests[data.req_id].cache_salt, data.sampling_params
+            if salt is not None and params is not None:
+                params.extra_args = {**(params.extra_args or {}), SALT: salt}
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
         return super().get_grammar_bitmask(without_padding(scheduler_output))

@@ -67,7 +67,14 @@ METRICS: dict[str, Metric] = {
         "outcome",
         ("drafted", "length", "pool_full", "embeddings", "cost"),
     ),
-    "draft_prompts": Metric(prometheus_client.Counter, "Prompts that the drafter has read."),
+    "draft_prompts": Metric(prometheus_client.Counter, "Prompts that the drafter has read, or found read."),
+    "draft_prompt_tokens": Metric(
+        prometheus_client.Counter,
+        "Tokens that the drafter sees of these by where their keys and values are from: read, or found in pages of an "
+        "earlier prompt that began alike.",
+        "source",
+        ("read", "found"),
+    ),
     "decode_steps": Metric(prometheus_client.Counter, "Steps in which nothing was prefilled."),
     "step_seconds": Metric(
         prometheus_client.Counter,
