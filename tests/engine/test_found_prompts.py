@@ -45,7 +45,7 @@ def test_two_ranks_find_what_one_finds(engines, pruning, size):
         engine = engines(QWEN, drafter=0, lvspec=lvspec, **options)
         assert token_ids(engine.run([*requests, *requests], (1, 1, 1, 2))) == [*want, *want]
         found.append(engine.stats())  # asserts that the ranks agree
-    assert found[0]["found_prompt_tokens"] == found[1]["found_prompt_tokens"] > 100
+    assert all(stats["found_prompt_tokens"] > 100 for stats in found)
 
 
 @pytest.mark.parametrize("family", [QWEN, LLAVA], ids=lambda family: family.checkpoint)
@@ -80,12 +80,15 @@ def test_salts_of_requests_reach_the_drafter_and_without_prefix_caching_it_finds
     drafter = drafter_of(engine)
     drafter.model.pool.forget_keys()
     found = []
-    for salt in (None, None, "mine", "mine", "theirs"):
+    for salt in (None, None, "mine", "mine", "theirs", "reset", None, None):
+        if salt == "reset":
+            engine.llm.reset_prefix_cache()
+            continue
         before = drafter.counts["found_prompt_tokens"]
         prompt = {**request.inputs, **({} if salt is None else {"cache_salt": salt})}
         engine.llm.generate(prompt, request.params, use_tqdm=False)
         found.append(drafter.counts["found_prompt_tokens"] - before)
-    assert found[1] == found[3] > 0 == found[0] == found[2] == found[4]
+    assert found[1] == found[3] == found[6] > 0 == found[0] == found[2] == found[4] == found[5]
     engine = engines(QWEN, drafter=0, enable_prefix_caching=False)
     engine.run([request, request], (1,))
     assert engine.stats()["found_prompt_tokens"] == 0
@@ -95,7 +98,8 @@ def test_the_target_as_its_own_drafter_forgets_what_it_read_with_other_weights(e
     requests = generate_requests(QWEN, 9, seed=12)
     engine = engines(QWEN, lvspec={"model": "self", "self_cache": "compute"})
     engine.run(requests)
-    pool = drafter_of(engine).model.pool
-    assert pool.find(list(pool._pages)[:1])
+    drafter = drafter_of(engine)
+    pool = drafter.model.pool
+    assert pool.find(list(pool._pages)[:1]) and len(drafter.embeddings)
     engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": checkpoint("qwen2_5_vl", seed=3)})
-    assert not pool._pages
+    assert not pool._pages and not len(drafter.embeddings)

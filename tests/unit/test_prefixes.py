@@ -17,6 +17,7 @@ from slot_model import (
     oracle,
 )
 
+from vllm_lvspec.draft.costs import StepCosts
 from vllm_lvspec.draft.prefixes import SeenItem, page_keys
 from vllm_lvspec.draft.pruning import VisualGrid
 from vllm_lvspec.draft.request import VisualItem
@@ -103,18 +104,53 @@ def test_a_part_of_a_video_that_is_found_needs_no_embeddings_and_the_rest_does()
     assert [len(visual) for visual in model.batches[-K].visual] == [3]
 
 
-def test_a_request_for_which_the_pool_has_no_room_gives_back_what_it_found():
-    model = SlotModel(page_size=4, num_pages=10)
+def test_room_is_asked_for_beside_what_is_found_and_shared():
+    model = SlotModel(page_size=4, num_pages=14)
     drafter = make_drafter(model, finds_prefixes=True)
-    first = asks("first")
-    assert drafter.propose([first], K) == [oracle(first, K)]
-    free = model.pool.num_free
-    drafter._least_entries = lambda request: 0  # as if it were not foreseen
-    longer = asks("second", prompt_len=60)
-    assert drafter.propose([longer], K) == [[]]
-    assert drafter.counts["skipped_pool_full"] == 1 and model.pool.num_free == free
-    drafter.release("first")
-    assert model.pool.num_free == model.pool.num_pages
+    assert drafter.propose([asks("first")], K) == [oracle(asks("first"), K)]
+    assert model.pool.num_free == 6
+    longer = asks("longer", prompt_len=64)  # of whose fourteen pages seven are found
+    assert drafter.propose([longer], K) == [[]] and drafter.counts["skipped_pool_full"] == 1
+    assert model.pool.num_free == 6 and model.encoded == 1
+    second = asks("second", question=1)  # of whose eight pages five are found
+    assert drafter.propose([second], K) == [oracle(second, K)]
+    assert model.pool.num_free == 3
+    for name in ("first", "second", "longer"):
+        drafter.release(name)
+    assert model.pool.num_free == model.pool.num_pages and not drafter._looked
+
+
+def test_videos_of_one_name_and_other_shapes_are_seen_each_by_its_own():
+    for finds_prefixes in (False, True):
+        for first in (VisualGrid(1, 1, 24), VisualGrid(4, 2, 3)):
+            for second in (VisualGrid(24, 1, 1), VisualGrid(2, 3, 4)):
+                request = make_request("a", 60, items=((3, 24), (30, 24)))
+                items = [
+                    replace(item, identifier="video", grid=grid, payload=(7, 24))
+                    for item, grid in zip(request.items, (first, second), strict=True)
+                ]
+                request = replace(request, items=items)
+                drafter = make_drafter(SlotModel(page_size=4), finds_prefixes=finds_prefixes)
+                assert drafter.propose([request], K) == [oracle(request, K)]
+
+
+def test_a_prompt_costs_what_of_it_has_to_be_read():
+    dear = StepCosts([1, 8], [1.0, 1.0], [0.01, 0.01], prompt=1000.0)
+    drafter = make_drafter(SlotModel(page_size=4), finds_prefixes=True)
+    drafter.propose([asks("first")], K)
+    assert drafter.prompts_read == 1
+    drafter.payoff.costs = dear
+    other = make_request("other", 40, items=((3, 24),))
+    assert drafter.propose([other], K) == [[]] and drafter.counts["skipped_cost"] == 1
+    again = asks("again")
+    (draft,) = drafter.propose([again], K)
+    assert draft and draft == oracle(again, K)[: len(draft)]
+    assert drafter.prompts_read == 1
+    partly = asks("partly", question=2)
+    assert drafter._share_to_read(partly) == pytest.approx(8 / 28)
+    drafter.payoff.costs = None
+    drafter.propose([partly], K)
+    assert drafter.prompts_read == pytest.approx(1 + 8 / 28)
 
 
 def test_salts_tell_requests_apart_and_drafters_that_copy_or_are_told_not_to_find_nothing():
@@ -162,6 +198,7 @@ def test_keys_follow_from_all_that_keys_and_values_follow_from():
     assert num_alike(positions=np.where(positions == 25, 0, positions)) == 1
     assert num_alike(seen=replace(seen, item=replace(item, identifier="other"))) == 0
     assert num_alike(seen=replace(seen, item=replace(item, is_video=False))) == 0
+    assert num_alike(seen=replace(seen, item=replace(item, rows=np.arange(2, 11)))) == 0
     assert num_alike(seen=replace(seen, indices=np.array([0, 3, 6]))) == 1
     assert num_alike(salt="") == num_alike(salt="x") == 0
     assert torch.equal(torch.from_numpy(tokens), torch.arange(20))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -106,9 +106,21 @@ class _Prompt:
 
     positions: np.ndarray  # [dims, num_kept]
     delta: int
-    keys: list[bytes]
+    keys: list[bytes] = field(default_factory=list)
     visual_mask: np.ndarray | None = None  # [num_kept]
     visual: torch.Tensor | None = None  # [sum(visual_mask), width]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the drafter sees of a prompt that has not been begun: places `kept`, and of each item some `embeddings`
+    where these are at hand."""
+
+    num_prompt_tokens: int
+    kept: np.ndarray
+    prompt: _Prompt
+    items: list[SeenItem]
+    embeddings: list[KeptEmbeddings | None]
 
 
 class Drafter:
@@ -134,15 +146,16 @@ class Drafter:
         self.ratio = ratio
         self.embeddings = EmbeddingCache(max_embedding_bytes)
         self.sequences: dict[str, DraftSequence] = {}
-        self.payoff = Payoff(self.sequences, **settings)
+        self.payoff = Payoff(self.sequences, self._share_to_read, **settings)
         self.clock = Clock(model.device)
-        self.prefill_seconds = 0.0
+        self.prefill_seconds, self.prompts_read = 0.0, 0.0  # parts of prompts that were found do not count
         # What drafts should take by what is known of costs, prompts apart: their first tokens, and all further ones;
         # and what these have taken.
         self.foretold_first = self.foretold_further = self.further_seconds = 0.0
         self._scores = scores
         self._finds_prefixes = finds_prefixes and not model.copies
         self._prompts: dict[str, _Prompt] = {}
+        self._looked: dict[str, _Seen] = {}  # at prompts that wait for pages, or for whom drafting may pay
         self._undraftable: set[str] = set()
         # To look at a drafted token before all are drafted would hold up a device that works by itself.
         self.sees_tokens = model.device.type == "cpu"
@@ -161,6 +174,7 @@ class Drafter:
         if sequence is not None:
             self.model.pool.release(sequence.pages)
         self._prompts.pop(req_id, None)
+        self._looked.pop(req_id, None)
 
     @property
     def runs_ahead(self) -> bool:
@@ -257,27 +271,29 @@ class Drafter:
         if sequence is not None and sequence.num_prompt_tokens != request.num_prompt_tokens:
             self._drop(req_id)  # a streaming session has gone on with a longer prompt
             sequence = None
-        prompt: _Prompt | None = None
         if sequence is None:
             # Whoever waits for pages must not have its videos encoded and looked at in each step.
-            if not self.model.pool.has_room(self._least_entries(request) + length - 1):
+            least = self._least_entries(request) + length - 1
+            if self.strategy.looks_at != "grid" and not self.model.pool.has_room(least):
                 self.counts["skipped_pool_full"] += 1
                 return False
-            found = self._begin(request)
-            if found is None:
+            seen = self._look(request)
+            if seen is None:
                 return self._give_up(req_id)
-            sequence, prompt = found
+            found = self.model.pool.find(seen.prompt.keys)
+            num_entries = len(request.token_ids) - request.num_prompt_tokens + len(seen.kept)
+            if not self.model.pool.has_room(num_entries + length - 1, found):
+                self.counts["skipped_pool_full"] += 1
+                return False
+            sequence = self._begin(seen, found)
+            if sequence is None:
+                return self._give_up(req_id)
+            self._looked.pop(req_id, None)
+            self.sequences[req_id], self._prompts[req_id] = sequence, seen.prompt
         num_entries = len(request.token_ids) - sequence.num_hidden
         if not self.model.pool.grow(sequence.pages, num_entries + length - 1):
-            if prompt is not None:
-                self.model.pool.release(sequence.pages)
             self.counts["skipped_pool_full"] += 1
             return False
-        if prompt is not None:
-            self.sequences[req_id], self._prompts[req_id] = sequence, prompt
-            self.counts["prefills"] += 1
-            self.counts["found_prompt_tokens"] += sequence.num_cached
-            self.counts["read_prompt_tokens"] += len(sequence.kept) - sequence.num_cached
         return True
 
     def _least_entries(self, request: DraftRequest) -> int:
@@ -292,9 +308,11 @@ class Drafter:
         self.counts["skipped_embeddings"] += 1
         return False
 
-    def _begin(self, request: DraftRequest) -> tuple[DraftSequence, _Prompt] | None:
-        """What the drafter sees of the prompt, and the pages of that which are there already, which the request then
-        owns, too; None where visual embeddings of the rest can't be had."""
+    def _look(self, request: DraftRequest) -> _Seen | None:
+        """What the drafter sees of a prompt; None where what its strategy looks at can't be had."""
+        known = self._looked.get(request.req_id)
+        if known is not None and known.num_prompt_tokens == request.num_prompt_tokens:
+            return known
         views = self._views(request)
         if views is None:
             return None
@@ -303,30 +321,44 @@ class Drafter:
             mask[item.rows] = False
             mask[item.rows[indices.numpy()]] = True
         kept = np.flatnonzero(mask)
-        sequence = DraftSequence(request.num_prompt_tokens, kept.tolist())
         positions, delta = self.model.prompt_positions(request.prompt, request.num_prompt_tokens)
-        prompt = _Prompt(positions.numpy()[:, kept], delta, [])
+        prompt = _Prompt(positions.numpy()[:, kept], delta)
         items = [
             SeenItem(item, np.searchsorted(kept, item.rows[indices.numpy()]), indices.numpy())
             for item, (indices, _) in zip(request.items, views, strict=True)
         ]
-        size = self.model.pool.page_size
-        found: list[int] = []
         if self._finds_prefixes:
+            size = self.model.pool.page_size
             prompt.keys = page_keys(request.token_ids[kept], prompt.positions, items, size, request.salt)
-            found = self.model.pool.find(prompt.keys)
-        sequence.num_cached = len(found) * size
-        if items and not self.model.copies:
-            visual = self._visual(items, [known for _, known in views], sequence.num_cached)
+        seen = _Seen(request.num_prompt_tokens, kept, prompt, items, [known for _, known in views])
+        if self.strategy.looks_at == "grid":  # and may be asked for again, before any embeddings are
+            self._looked[request.req_id] = replace(seen, embeddings=[None] * len(items))
+        return seen
+
+    def _begin(self, seen: _Seen, found: list[int]) -> DraftSequence | None:
+        """A sequence that also owns the pages that were `found`; None where embeddings of the rest can't be had."""
+        num_cached, prompt = len(found) * self.model.pool.page_size, seen.prompt
+        if seen.items and not self.model.copies:
+            visual = self._visual(seen, num_cached)
             if visual is None:
                 return None
-            prompt.visual_mask = np.zeros(len(kept), dtype=bool)
-            for seen in items:
-                prompt.visual_mask[seen.entries[seen.entries >= sequence.num_cached]] = True
+            prompt.visual_mask = np.zeros(len(seen.kept), dtype=bool)
+            for item in seen.items:
+                prompt.visual_mask[item.entries[item.entries >= num_cached]] = True
             prompt.visual = torch.cat(visual) if visual else None
         self.model.pool.share(found)
-        sequence.pages = found
-        return sequence, prompt
+        self.counts["prefills"] += 1
+        if not self.model.copies:
+            self.counts["found_prompt_tokens"] += num_cached
+            self.counts["read_prompt_tokens"] += len(seen.kept) - num_cached
+        self.prompts_read += 1 - num_cached / len(seen.kept)
+        return DraftSequence(seen.num_prompt_tokens, seen.kept.tolist(), found, num_cached)
+
+    def _share_to_read(self, request: DraftRequest) -> float:
+        """Of a prompt that has not been begun, as far as that can be told without looking at its videos."""
+        if not self._finds_prefixes or self.strategy.looks_at != "grid" or (seen := self._look(request)) is None:
+            return 1.0
+        return 1 - len(self.model.pool.find(seen.prompt.keys)) * self.model.pool.page_size / len(seen.kept)
 
     def _views(self, request: DraftRequest) -> list[tuple[torch.Tensor, KeptEmbeddings | None]] | None:
         """What is kept of each item, indices among its embeddings, and these embeddings where they are at hand; None
@@ -345,22 +377,21 @@ class Drafter:
             views.append((self._kept_rows(item, score, known), known))
         return views
 
-    def _visual(
-        self, items: Sequence[SeenItem], known: Sequence[KeptEmbeddings | None], num_cached: int
-    ) -> list[torch.Tensor] | None:
+    def _visual(self, seen: _Seen, num_cached: int) -> list[torch.Tensor] | None:
         """Embeddings of what is seen of each item behind the first `num_cached` entries, in their order; None where
         they can't be had."""
         visual = {}
-        for seen, embeddings in zip(items, known, strict=True):
-            indices = torch.from_numpy(seen.indices[seen.entries >= num_cached])
+        for part, known in zip(seen.items, seen.embeddings, strict=True):
+            indices = torch.from_numpy(part.indices[part.entries >= num_cached])
             if not len(indices):
                 continue
-            embeddings = embeddings or self._embeddings_of(seen.item)
+            embeddings = known or self._embeddings_of(part.item)
+            if embeddings is not None and not bool(torch.isin(indices, embeddings.indices).all()):
+                embeddings = self._encode(part.item)  # these are of another one with the same name
             if embeddings is None:
                 return None
-            visual[int(seen.item.rows[0])] = _rows_of(
-                embeddings.embeddings, torch.searchsorted(embeddings.indices, indices)
-            )
+            rows = torch.searchsorted(embeddings.indices, indices)
+            visual[int(part.item.rows[0])] = _rows_of(embeddings.embeddings, rows)
         return [visual[row] for row in sorted(visual)]
 
     def _kept_rows(self, item: VisualItem, score: torch.Tensor | None, known: KeptEmbeddings | None) -> torch.Tensor:
@@ -390,19 +421,24 @@ class Drafter:
         Encoded one by one: the encoder's memory was profiled for one item, and only what may be needed of it stays.
         """
         known = self._known_embeddings(item)
-        if known is not None or item.payload is None:
+        if known is not None:
             return known
-        full = self.model.encode(item.payload)
-        if len(full) != len(item.rows):
+        whole = self._encode(item)
+        if whole is None:
             return None
-        whole = KeptEmbeddings(len(full), torch.arange(len(full)), full)
         if self.strategy.asks_target:  # other questions see other parts of it
             found = whole
         else:
             indices = self._kept_rows(item, None, whole)
-            found = KeptEmbeddings(len(full), indices, _rows_of(full, indices))
+            found = KeptEmbeddings(whole.num_embeddings, indices, _rows_of(whole.embeddings, indices))
         self.embeddings.put(item.identifier, found)
         return found
+
+    def _encode(self, item: VisualItem) -> KeptEmbeddings | None:
+        if item.payload is None:
+            return None
+        full = self.model.encode(item.payload)
+        return KeptEmbeddings(len(full), torch.arange(len(full)), full) if len(full) == len(item.rows) else None
 
     # Running the model --------------------------------------------------------------------------------------------
 

@@ -32,9 +32,10 @@ class PagePool:
         """Pages without owners."""
         return len(self._free)
 
-    def has_room(self, num_tokens: int) -> bool:
-        """Whether it has pages for another `num_tokens`."""
-        return -(-num_tokens // self.page_size) <= len(self._free)
+    def has_room(self, num_tokens: int, found: Sequence[int] = ()) -> bool:
+        """Whether it has pages for another `num_tokens`, of which the first are in pages that were `found`."""
+        num_free = len(self._free) - sum(not self._num_owners[page] for page in found)
+        return -(-num_tokens // self.page_size) - len(found) <= num_free
 
     def grow(self, pages: list[int], num_tokens: int) -> bool:
         """Extend `pages` so that they hold `num_tokens`; all or nothing, False where the pool can't."""

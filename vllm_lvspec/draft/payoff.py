@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,12 +62,13 @@ class Payoff:
     Once `costs` are known, drafts are only as long as they pay, but of `least_length` where there is room
     (`is_adaptive`), and where none pays there are none (`only_if_faster`). The target has room for `most_rows` of
     logits in a step, one of each request and one of each drafted token. `sequences`: what the drafter has read, by
-    request.
+    request; `share_to_read`: how much of another one's prompt it would have to.
     """
 
     def __init__(
         self,
         sequences: Mapping[str, DraftSequence],
+        share_to_read: Callable[[DraftRequest], float] = lambda request: 1.0,
         *,
         is_adaptive: bool = False,
         only_if_faster: bool = False,
@@ -88,6 +89,7 @@ class Payoff:
         self.histories: dict[str, RequestHistory] = {}
         self.refusal: Refusal | None = None  # to draft, while it stands
         self._sequences = sequences
+        self._share_to_read = share_to_read
         self._most_lately = 0.0  # requests that went on behind a step
 
     def history(self, req_id: str) -> RequestHistory:
@@ -192,7 +194,9 @@ class Payoff:
         # And it must not end when as many requests are here as lately: prompts of a burst come one after another.
         if price and self._most_lately > len(batch):
             gain = min(gain, self._seconds_saved(batch, candidates, max_length, self._most_lately))
-        return {request.req_id for request in new if gain * self._tokens_left(request) > price}
+        savings = [(request, gain * self._tokens_left(request)) for request in new]
+        # What is to be read is only looked for where it decides.
+        return {r.req_id for r, saved in savings if saved > price or 0 < saved > price * self._share_to_read(r)}
 
     def _seconds_saved(
         self,

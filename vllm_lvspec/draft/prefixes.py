@@ -34,7 +34,7 @@ def page_keys(
     columns = np.zeros((num_entries, dims + 4), dtype=np.int64)
     columns[:, 0], columns[:, 1 : 1 + dims] = token_ids, positions.T
     for seen in items:
-        name = f"{'video' if seen.item.is_video else 'image'} {seen.item.identifier}"
+        name = f"{'video' if seen.item.is_video else 'image'} {len(seen.item.rows)} {seen.item.identifier}"
         columns[seen.entries, -3:-1] = np.frombuffer(_digest(name.encode()), dtype=np.int64)
         columns[seen.entries, -1] = seen.indices
     keys, before = [], b"" if salt is None else _digest(salt.encode())

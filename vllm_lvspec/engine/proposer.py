@@ -91,7 +91,7 @@ class LVSpecProposer:
         self._may_run_ahead = False
         self._started: _Started | None = None  # and not finished
         # Prompts that the drafter had read, and seconds that it had taken for them, when their price was last taken.
-        self._prompts_read: tuple[int, float] | None = None
+        self._prompts_read: tuple[float, float] | None = None
 
     def connect(
         self, encoder_cache: Mapping[str, torch.Tensor], scores: Callable[[str], Sequence[torch.Tensor | None]]
@@ -268,7 +268,7 @@ class LVSpecProposer:
     def _note_prompts(self) -> None:
         """Take the price of the drafter's prompts: of the 2nd to 4th, then anew whenever twice as many were read."""
         assert self.drafter is not None
-        costs, num = self.drafter.payoff.costs, self.drafter.counts["prefills"]
+        costs, num = self.drafter.payoff.costs, self.drafter.prompts_read
         if costs is None or not num:
             return
         if self._prompts_read is None:  # the first has paid for whatever is done once
@@ -439,10 +439,11 @@ class LVSpecProposer:
         sequence = self.drafter.sequences.get(req_id)
         return None if sequence is None else sequence.kept
 
-    def forget_prefixes(self) -> None:
-        """With other weights what was read of prompts is another."""
+    def forget_prompts(self) -> None:
+        """With other weights what was read of them is another."""
         if self.drafter is not None and self.config.model == SELF:
             self.drafter.model.pool.forget_keys()
+            self.drafter.embeddings.clear()
 
     def stats(self) -> dict[str, int]:
         """Counts since the start, and what the caches hold."""

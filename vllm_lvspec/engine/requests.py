@@ -73,9 +73,8 @@ def request_rules(params: SamplingParams, config: LVSpecConfig) -> RequestRules:
 
 
 def salt_of(params: SamplingParams) -> str | None:
-    """With what the request wants its prefixes to be told from those of others."""
-    salt = (params.extra_args or {}).get(SALT)
-    return None if salt is None else str(salt)
+    """What tells the request's prefixes from those of others."""
+    return (params.extra_args or {}).get(SALT)
 
 
 def end_ids(params: SamplingParams) -> frozenset[int]:

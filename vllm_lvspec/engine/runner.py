@@ -97,8 +97,10 @@ class LVSpecGPUModelRunner(GPUModelRunner):
         return common_attn_metadata is not None
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        super().reload_weights(*args, **kwargs)
-        self.drafter.forget_prefixes()
+        try:
+            super().reload_weights(*args, **kwargs)
+        finally:
+            self.drafter.forget_prompts()
 
     def _on_request_state_removed(self, req_id: str, req_state: CachedRequestState | None) -> None:
         super()._on_request_state_removed(req_id, req_state)

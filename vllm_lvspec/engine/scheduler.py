@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorStats
@@ -29,6 +30,8 @@ def with_changes(output: ModelRunnerOutput, changes: dict[str, int]) -> ModelRun
 
 
 class LVSpecScheduler(Scheduler):
+    _num_resets = 0  # of the prefix cache
+
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self._drop_useless_padding()
         output = super().schedule(*args, **kwargs)
@@ -51,12 +54,21 @@ class LVSpecScheduler(Scheduler):
         for req_id in joining & drafts.keys():
             drafts[req_id] = [PADDING_TOKEN_ID] * len(drafts[req_id])
 
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        self._num_resets += 1
+        return super().reset_prefix_cache(*args, **kwargs)
+
     def _pass_salts_on(self, output: SchedulerOutput) -> None:
-        """To the workers, whose drafter finds prefixes, too."""
+        """To the workers, whose drafter finds prefixes, too; of what was before a reset none is found."""
         for data in output.scheduled_new_reqs:
             salt, params = self.requests[data.req_id].cache_salt, data.sampling_params
-            if salt is not None and params is not None:
-                params.extra_args = {**(params.extra_args or {}), SALT: salt}
+            if params is None:
+                continue
+            others = {key: value for key, value in (params.extra_args or {}).items() if key != SALT}
+            if salt is not None or self._num_resets:
+                # A digest, because parameters are logged.
+                others[SALT] = hashlib.sha256(repr((self._num_resets, salt)).encode()).hexdigest()
+            params.extra_args = others or None
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
         return super().get_grammar_bitmask(without_padding(scheduler_output))
