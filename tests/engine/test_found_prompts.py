@@ -36,7 +36,7 @@ def requests_about(family: Family) -> list[Request]:
 @pytest.mark.two_ranks
 @pytest.mark.parametrize("pruning", ["redundancy", "attention"])
 @pytest.mark.parametrize("size", [1, 2])
-def test_two_ranks_find_what_one_finds(engines, pruning, size):
+def test_one_rank_and_two_find_what_they_have_read(engines, pruning, size):
     requests = requests_about(QWEN)
     want = token_ids(engines(QWEN).run(requests, (1,)))
     found = []

@@ -316,17 +316,15 @@ class Drafter:
         views = self._views(request)
         if views is None:
             return None
+        visible = [(item, indices.numpy()) for item, (indices, _) in zip(request.items, views, strict=True)]
         mask = np.ones(request.num_prompt_tokens, dtype=bool)
-        for item, (indices, _) in zip(request.items, views, strict=True):
+        for item, indices in visible:
             mask[item.rows] = False
-            mask[item.rows[indices.numpy()]] = True
+            mask[item.rows[indices]] = True
         kept = np.flatnonzero(mask)
         positions, delta = self.model.prompt_positions(request.prompt, request.num_prompt_tokens)
         prompt = _Prompt(positions.numpy()[:, kept], delta)
-        items = [
-            SeenItem(item, np.searchsorted(kept, item.rows[indices.numpy()]), indices.numpy())
-            for item, (indices, _) in zip(request.items, views, strict=True)
-        ]
+        items = [SeenItem(item, np.searchsorted(kept, item.rows[indices]), indices) for item, indices in visible]
         if self._finds_prefixes:
             size = self.model.pool.page_size
             prompt.keys = page_keys(request.token_ids[kept], prompt.positions, items, size, request.salt)

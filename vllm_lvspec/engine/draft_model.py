@@ -59,13 +59,7 @@ from vllm_lvspec.engine.few_rows import give_few_rows
 from vllm_lvspec.engine.kv_layout import KVLayout, UnknownLayoutError
 from vllm_lvspec.engine.memory import default_cache_bytes, device_memory
 from vllm_lvspec.engine.one_token import OneTokenStep, one_token_step, rows_of
-from vllm_lvspec.engine.ranks import (
-    from_first_rank,
-    group_of_one,
-    host_values_of_first_rank,
-    instead_of_ranks,
-    least_of_ranks,
-)
+from vllm_lvspec.engine.ranks import from_first_rank, group_of_one, instead_of_ranks, least_of_ranks
 from vllm_lvspec.engine.rotary import give_text_rotary
 from vllm_lvspec.kernels.advance_decode import advance_decode
 
@@ -102,8 +96,8 @@ class VLLMDraftModel:
 
     def __init__(self, vllm_config: VllmConfig, config: LVSpecConfig, device: torch.device):
         settled, fits = settle_quantization(vllm_config.model_config, config), True
-        if get_tp_group().world_size > 1:  # all ranks make it here, whatever becomes of what each loads
-            self._group_of_one = group_of_one()
+        if config.draft_tensor_parallel_size == 1 < get_tp_group().world_size:
+            self._group_of_one = group_of_one()  # all ranks make it, whatever becomes of what each loads
         try:
             self._load(vllm_config, settled, device)
         except torch.OutOfMemoryError:
@@ -194,8 +188,8 @@ class VLLMDraftModel:
     @property
     def encodes_whole_items(self) -> bool:
         """Each of several ranks, by itself."""
-        is_shared = self.vllm_config.model_config.get_multimodal_config().mm_encoder_tp_mode != "data"
-        return self.is_whole or (self.num_ranks > 1 and not is_shared)
+        mode = self.vllm_config.model_config.get_multimodal_config().mm_encoder_tp_mode
+        return self.is_whole or (self.num_ranks > 1 and mode == "data")
 
     @property
     def num_weight_bytes(self) -> int:
@@ -453,7 +447,7 @@ class VLLMDraftModel:
             self._choose_layers()
 
     def of_first_rank(self, values: torch.Tensor) -> torch.Tensor:
-        return host_values_of_first_rank(values)
+        return get_tp_group().broadcast_object(values, src=0)
 
     def copy(self, target_slots: torch.Tensor, slots: torch.Tensor) -> None:
         raise NotImplementedError("another model's keys and values mean nothing to this one")

@@ -31,14 +31,6 @@ def from_first_rank(values: torch.Tensor) -> torch.Tensor:
     return group.broadcast(values, src=0)
 
 
-def host_values_of_first_rank(values: torch.Tensor) -> torch.Tensor:
-    """As `from_first_rank`, of what is on the host."""
-    group = get_tp_group()
-    if group.world_size > 1:
-        torch.distributed.broadcast(values, src=group.ranks[0], group=group.cpu_group)
-    return values
-
-
 def group_of_one() -> GroupCoordinator:
     """This rank without others. All ranks make theirs at the same time."""
     ranks = [[rank] for rank in range(torch.distributed.get_world_size())]
